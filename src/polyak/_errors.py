@@ -1,0 +1,29 @@
+"""What can go wrong, as one tree.
+
+AveragingError
+├── ArgumentError   a value from which no average can be made   (also a ValueError)
+├── MatchError      tensors that do not belong together         (also a ValueError)
+└── OrderError      a call made at the wrong moment             (also a RuntimeError)
+
+AveragingWarning    said once, where silence would cost a run   (a UserWarning)
+"""
+
+
+class AveragingError(Exception):
+    """Base of every error that polyak raises on purpose."""
+
+
+class ArgumentError(AveragingError, ValueError):
+    """A value from which no average can be made."""
+
+
+class MatchError(AveragingError, ValueError):
+    """Tensors that do not belong together: other names, shapes, dtypes or objects."""
+
+
+class OrderError(AveragingError, RuntimeError):
+    """A call made at the wrong moment: time that stands still, an update while applied."""
+
+
+class AveragingWarning(UserWarning):
+    """Said once where silence would cost a run; `Average.report` says it too."""
