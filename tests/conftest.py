@@ -1,0 +1,25 @@
+"""What holds for every test: one thread, one seed, and nothing left lent behind a test."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from polyak import _engine
+
+torch.set_num_threads(1)  # tests run side by side, and sums must not depend on the machine
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Start every test from the same random numbers."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_lent() -> Iterator[None]:
+    """Fail a test that leaves live weights lent: no later test could use that memory."""
+    yield
+    lent = set(_engine._lent_memory)
+    _engine._lent_memory.clear()
+    assert not lent
