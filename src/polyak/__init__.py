@@ -1,0 +1,61 @@
+"""Averages of the weights of neural networks: right by algebra, cheap, resumable."""
+
+from ._average import Average as Average
+from ._average import Averages as Averages
+from ._average import refresh_norms as refresh_norms
+from ._errors import ArgumentError as ArgumentError
+from ._errors import AveragingError as AveragingError
+from ._errors import AveragingWarning as AveragingWarning
+from ._errors import MatchError as MatchError
+from ._errors import OrderError as OrderError
+from ._profiles import Profile as Profile
+from ._profiles import profile as profile
+from ._report import Report as Report
+from ._save import load_weights as load_weights
+from ._save import save as save
+from ._schedules import After as After
+from ._schedules import Cosine as Cosine
+from ._schedules import CountRamp as CountRamp
+from ._schedules import Exponential as Exponential
+from ._schedules import ExponentialRamp as ExponentialRamp
+from ._schedules import HalfLifeRamp as HalfLifeRamp
+from ._schedules import InverseGamma as InverseGamma
+from ._schedules import Polynomial as Polynomial
+from ._schedules import Power as Power
+from ._schedules import Schedule as Schedule
+from ._schedules import Uniform as Uniform
+from ._schedules import convert as convert
+from ._schedules import gamma_from_sigma_rel as gamma_from_sigma_rel
+from ._schedules import sigma_rel_from_gamma as sigma_rel_from_gamma
+from ._window import Window as Window
+
+__all__ = [
+    "After",
+    "ArgumentError",
+    "Average",
+    "Averages",
+    "AveragingError",
+    "AveragingWarning",
+    "Cosine",
+    "CountRamp",
+    "Exponential",
+    "ExponentialRamp",
+    "HalfLifeRamp",
+    "InverseGamma",
+    "MatchError",
+    "OrderError",
+    "Polynomial",
+    "Power",
+    "Profile",
+    "Report",
+    "Schedule",
+    "Uniform",
+    "Window",
+    "convert",
+    "gamma_from_sigma_rel",
+    "load_weights",
+    "profile",
+    "refresh_norms",
+    "save",
+    "sigma_rel_from_gamma",
+]

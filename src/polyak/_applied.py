@@ -1,0 +1,179 @@
+"""Lend the averaged weights to the live model, and bring the trained ones back whatever happens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import _kernels as kernels
+from ._engine import Engine, Loan, count_holders, version_of
+from ._errors import OrderError
+from ._roles import Entry
+
+
+@contextmanager
+def applied(engine: Engine, row: int = 0) -> Iterator[None]:
+    """Inside the block the live model computes with the averaged weights.
+
+    Values change in place, storages stay: optimizers, hooks, compiled code and CUDA graphs keep
+    pointing at the same memory, and a graph built before the block is valid after it. Where dtype,
+    device and memory order agree, live and average swap values through 16 MiB of scratch.
+    Elsewhere, and where somebody holds a view of the average, the live values wait in a copy.
+    Buffers always do, so that a forward pass in training mode costs nothing.
+
+    Raises:
+        OrderError: on entry, inside another block over the same weights, or for a damaged average;
+            on exit, when a parameter was changed inside the block. The trained weights are back
+            before that is raised.
+    """
+    engine.check_not_lent("applied")
+    lender = _Lender(engine, row)
+    try:
+        lender.give()
+        yield
+    except BaseException as error:
+        lender.take_back()
+        if changed := lender.changed():
+            error.add_note(f"polyak: {lender.blame(changed)}")
+        raise
+    else:
+        lender.take_back()
+        if changed := lender.changed():
+            raise OrderError(lender.blame(changed))
+
+
+class _Lender:
+    """One pass of a block: what is swapped, what is copied, what must be put back."""
+
+    def __init__(self, engine: Engine, row: int) -> None:
+        self._engine, self._row = engine, row
+        averages = engine.values(row)
+        engine.drop_plans()  # their views would count as somebody looking
+        holders = engine.rows[row].holders
+        norms = engine.rows[row].norms
+        self._parameters: list[_Live] = []
+        self._buffers: list[_Live] = []
+        swapped: list[tuple[Tensor, Tensor]] = []
+        self._copies: list[tuple[_Live, Tensor | None]] = []  # live, and what it is to hold
+        for entry in engine.inventory.entries:
+            if entry.role == "live" and entry.kind != "buffer":
+                continue
+            live = _Live(entry)
+            slot = engine.slots.get(entry.name)
+            average = None if slot is None else averages[slot]
+            if entry.kind == "buffer":
+                self._buffers.append(live)
+                self._copies.append((live, norms.get(entry.name, average)))
+                continue
+            assert average is not None
+            assert slot is not None
+            self._parameters.append(live)
+            # A view that was handed out must go on showing the average, so its memory stays put.
+            alone = count_holders(average) == holders[slot] != -1
+            if alone and kernels.can_exchange(live.data, average):
+                swapped.append((live.data, average))
+                live.swapped = True
+            else:
+                self._copies.append((live, average))
+        self._exchange = kernels.Exchange(swapped)
+        self._memory = engine.live_memory()
+        self._read_at = self._where_to_read(averages)
+
+    def _where_to_read(self, averages: list[Tensor]) -> Loan:
+        """Tell where both sets of values can be read while the loan lasts."""
+        tensors, live = list(averages), {}
+        for parameter in self._parameters:
+            slot = self._engine.slots[parameter.entry.name]
+            if parameter.swapped:
+                tensors[slot], live[parameter.entry.name] = parameter.data, averages[slot]
+        return Loan(self._row, tensors, live, self._memory)
+
+    @torch.no_grad()
+    def give(self) -> None:
+        """Put the averages into the live model."""
+        for live, _ in self._copies:
+            live.backup = live.data.clone()  # all copies are made before anything is written
+            self._read_at.live[live.entry.name] = live.backup
+        self._engine.lend(self._read_at)
+        self._exchange.do()
+        for live, average in self._copies:
+            if average is not None:
+                live.data.copy_(average)
+
+    def take_back(self) -> None:
+        """Restore every bit; an interrupt that arrives meanwhile waits until that is done."""
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                self._restore()
+                break
+            except KeyboardInterrupt as error:  # each step may run twice, so begin again
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for live in (*self._parameters, *self._buffers):
+            live.point_back()
+        self._exchange.undo()
+        for live, _ in self._copies:
+            if live.backup is not None:
+                live.data.copy_(live.backup)
+        changed = [live.entry.name for live in self._parameters if live.swapped and live.written()]
+        if changed:
+            self._engine.rows[
+                self._row
+            ].damage = f"{changed[0]!r} was changed inside applied(), in memory that it shared"
+        self._engine.end_loan()
+
+    def changed(self) -> list[str]:
+        """Names of parameters that somebody else wrote, replaced or moved inside the block."""
+        return [live.entry.name for live in self._parameters if live.written() or live.moved]
+
+    def blame(self, changed: list[str]) -> str:
+        """What happened inside the block, and what it means now."""
+        damaged = bool(self._engine.rows[self._row].damage)
+        return (
+            f"parameters must not change inside applied(), got {len(changed)} changed: "
+            f"{changed[:3]}. The trained weights are back as they were; "
+            + (
+                "the average is lost: call load_state_dict with a saved state, or reset()."
+                if damaged
+                else "the average is whole."
+            )
+            + " Train outside the block."
+        )
+
+
+class _Live:
+    """A live tensor at the start of a block, and how to make it that again."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.tensor = entry.live()
+        # `.data` has a version counter of its own: what we write does not count as a change, so
+        # graphs built before the block stay valid, and what others write can be told apart.
+        self.data = self.tensor.data
+        self.version = version_of(self.tensor)
+        self.backup: Tensor | None = None
+        self.swapped = False
+        self.moved = False
+
+    def written(self) -> bool:
+        """Whether the tensor was written in place since the block began."""
+        return version_of(self.tensor) != self.version
+
+    def point_back(self) -> None:
+        """Undo a replaced object, and a cast or move in place."""
+        if self.entry.owner.get(self.entry.key) is not self.tensor:
+            self.entry.owner[self.entry.key] = self.tensor
+            self.moved = True
+        if not _same_memory(self.tensor, self.data):
+            self.tensor.data = self.data
+            self.moved = True
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype

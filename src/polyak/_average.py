@@ -1,0 +1,436 @@
+"""Average, Averages and what they share: methods that make one call each into the rooms below."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ._applied import applied
+from ._engine import Engine, NonFinite
+from ._errors import ArgumentError, OrderError
+from ._follow import Follower
+from ._norms import Forward, recompute
+from ._report import UNSEEN, Report, report, unreached_caps
+from ._roles import (
+    RoleOverride,
+    Selector,
+    check_complete,
+    take_inventory,
+)
+from ._schedules import Power, Schedule
+from ._state import (
+    OnLive,
+    OnSchedule,
+    engine_state,
+    load_engine_state,
+    tensor_state,
+)
+from ._weights import copy_to, full_set
+
+Source = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+class Uses:
+    """What every average can be used for, whatever rule made it.
+
+    Not meant to be built or subclassed outside polyak.
+    """
+
+    def __init__(self, source: Source, engine: Engine, row: int) -> None:
+        self._source, self._engine, self._row = source, engine, row
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Lend the averaged weights to the live model for the length of a `with` block.
+
+        Values change in place, storages stay, so optimizers, hooks, compiled code and CUDA graphs
+        keep pointing at the same tensors. The trained weights and buffers come back bit for bit,
+        also on an exception or a KeyboardInterrupt. Cost: 16 MiB of scratch; one copy of the live
+        weights where dtypes differ, and while somebody holds `tensors` or `state_dict()`.
+
+        Raises:
+            OrderError: inside another `applied()` over the same weights; for a lost average; on
+                exit, when a parameter was changed inside the block.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> average = Average(model)
+            >>> with average.applied():
+            ...     y = model(torch.ones(1, 2))
+        """
+        self._ready("applied")
+        return applied(self._engine, self._row)
+
+    def weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Fresh copies of the full set, ready for `load_state_dict(strict=True)`.
+
+        Averaged tensors come from the average, integer buffers, frozen parameters and the like from
+        the live model as it is now. Dtypes are those of the live model.
+
+        Args:
+            dtype: for the real floating tensors, instead of the live dtype.
+
+        Raises:
+            ArgumentError: a value that `dtype` cannot hold.
+        """
+        self._ready("weights")
+        return full_set(self._engine, self._row, dtype)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The averaged tensors by canonical name, in storage dtype: views, for reading only.
+
+        Views show the average at all times, also inside `applied()`. Taken there they are copies.
+        """
+        self._refresh()
+        values = self._engine.values(self._row)
+        copies = self._engine.loan is not None
+        return MappingProxyType(tensor_state(self._engine, values, copies=copies))
+
+    def copy_to(self, module: nn.Module, *, share: float = 1.0) -> None:
+        """Write the average into `module`: module += share * (average - module).
+
+        With the default share the module gets the full set, integer buffers included; with less
+        (Switch EMA, Lookahead) only averaged tensors move. The clock of the average and the state
+        of an optimizer stay as they are.
+
+        Args:
+            module: any module with the same names and shapes, also the live one.
+            share: above 0, at most 1.
+        """
+        self._ready("copy_to")
+        copy_to(self._engine, self._row, module, share)
+
+    def report(self) -> Report:
+        """Whether it works, and what it remembers: roles, memory, incidents, notes."""
+        self._refresh()
+        return report(self._engine, self._row, rule=self._rule(), stored=self._stored())
+
+    @property
+    def updates(self) -> int:
+        """Updates since construction or reset."""
+        return self._engine.updates
+
+    @property
+    def now(self) -> float:
+        """Time of the last update, in the caller's unit."""
+        return self._engine.now
+
+    def __repr__(self) -> str:
+        """One line: the rule, updates and clock."""
+        return f"<{type(self).__name__} {self._rule()} updates={self.updates} now={self.now}>"
+
+    def _refresh_norms(
+        self, batches: Iterable[Any], forward: Forward | None, limit: int | None
+    ) -> int:
+        if not isinstance(self._source, nn.Module):
+            raise ArgumentError(
+                "refresh_norms must be given an average of a module, got one of named tensors. "
+                "Copy the weights into a module and pass that."
+            )
+        loan = self._engine.loan
+        inside = loan is not None and loan.row == self._row
+        with nullcontext() if inside else self.applied():
+            used, norms = recompute(self._source, batches, forward=forward, limit=limit)
+        self._engine.rows[self._row].norms = norms
+        return used
+
+    def _rule(self) -> str:
+        return repr(self._engine.rows[self._row].schedule)
+
+    def _warn_of_unreached_cap(self) -> None:
+        for note in unreached_caps(self._engine, self._row):
+            self._engine.warn_once("cap", f"save: {note}.", depth=2)
+
+    def _stored(self) -> list[Tensor]:
+        """All memory that this average holds."""
+        return self._engine.rows[self._row].tensors
+
+    def _refresh(self) -> None:
+        """Bring the stored average up to date where it is computed on demand."""
+
+    def _ready(self, action: str) -> None:
+        """Check what every use relies on, and warn of an average that was never updated."""
+        self._refresh()
+        if isinstance(self._source, nn.Module):
+            check_complete(self._engine.inventory, self._source)
+        if self._engine.live_changed_unseen():
+            self._engine.warn_once("unseen", f"{action}: {UNSEEN}.", depth=2)
+
+
+@final
+class Average(Uses):
+    """A running average of the weights of a model.
+
+    Each update at time `now` does average += (1 - decay) * (live - average) with
+    decay = schedule(now, elapsed). Update after every optimizer step, or more rarely: the average
+    is the same, only sampled more coarsely.
+
+    It keeps tensors only: float32 for anything narrower, one for tied weights, none for frozen
+    ones. NaN and inf do not get in.
+
+    Args:
+        model_or_tensors: a module, wrapped or not, or tensors by name.
+        schedule: how fast it forgets; the default remembers about a tenth of the run so far.
+        now: the clock at construction, in steps, samples or tokens.
+        dtype: storage of real averages; by default float32 for anything narrower, else the
+            tensor's own.
+        device: where the average lives; by default beside each live tensor, also when that moves.
+        include: only these are averaged: a name pattern (`fnmatch`), several, or a function
+            `(name, tensor) -> bool`.
+        exclude: these stay live; the same forms.
+        roles: the last word: patterns to "average" or "live", or a function that returns one of
+            these, or None for the usual rule.
+        nonfinite: live elements that are NaN or inf: "skip" keeps the average's value there,
+            "raise" refuses the update, "ignore" lets them in.
+
+    Raises:
+        ArgumentError: nothing to average, a pattern without a match, a value out of range.
+        OrderError: an uninitialised lazy parameter, or a tensor on the meta device.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> average = Average(model, Power(sigma_rel=0.05))
+        >>> average.update()  # the first update of a power function copies the live weights
+        0.0
+    """
+
+    def __init__(
+        self,
+        model_or_tensors: Source,
+        schedule: Schedule = Power(sigma_rel=0.05),
+        *,
+        now: float = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        include: Selector | None = None,
+        exclude: Selector | None = None,
+        roles: RoleOverride | None = None,
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        inventory = take_inventory(model_or_tensors, include=include, exclude=exclude, roles=roles)
+        engine = Engine(
+            inventory, [schedule], now=now, dtype=dtype, device=device, nonfinite=nonfinite
+        )
+        super().__init__(model_or_tensors, engine, 0)
+        self._alone = True
+
+    @classmethod
+    def _member(cls, source: Source, engine: Engine, row: int) -> "Average":
+        """One of several averages that share an engine, and so a clock."""
+        member = cls.__new__(cls)
+        Uses.__init__(member, source, engine, row)
+        member._alone = False
+        return member
+
+    @property
+    def schedule(self) -> Schedule:
+        """The rule of forgetting."""
+        return self._engine.rows[self._row].schedule
+
+    def update(self, now: float | None = None) -> float:
+        """Fold in the live weights as they are at `now` (None: one more); return the decay.
+
+        Raises:
+            OrderError: time that does not move forward; inside `applied()`; a lost average.
+            MatchError: a parameter that was replaced, resized or removed.
+            ArgumentError: a decay outside [0, 1], or one that the storage dtype cannot express;
+                NaN or inf with nonfinite="raise".
+        """
+        self._check_alone("update")
+        return self._engine.update(now)[0]
+
+    def follow(self, optimizer: Optimizer, *, every: int = 1) -> Follower:
+        """Update after each step that `optimizer` really takes (or every so many).
+
+        A step that a gradient scaler skips does not count. A step inside `applied()` raises.
+
+        Returns:
+            The follower; its `remove()` ends it.
+        """
+        self._check_alone("follow")
+        return Follower(optimizer, self._engine, self._engine.update, every=every)
+
+    def reset(self, *, now: float | None = None) -> None:
+        """Start again from the live weights, at time `now` (None: where the clock stands)."""
+        self._check_alone("reset")
+        self._engine.reset(now)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on: tensors (references), clock, schedule, counters, history.
+
+        Readable by `torch.load(weights_only=True)`. Taken inside `applied()` it holds copies, and
+        the trained weights as well.
+        """
+        return engine_state(self._engine, "Average", {"average": self._row})
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, schedule: OnSchedule = "same", live: OnLive = "restore"
+    ) -> None:
+        """Go on from a saved state. Everything is checked before anything is written.
+
+        Args:
+            state: what `state_dict` returned.
+            schedule: "same" refuses a state with another schedule; "replace" goes on with the one
+                this average was built with.
+            live: what to do with trained weights that a state taken inside `applied()` carries:
+                "restore" writes them into the live model.
+
+        Raises:
+            ArgumentError: not a state of an average, or of an unknown format.
+            MatchError: other names, shapes, dtypes or schedule.
+        """
+        self._check_alone("load_state_dict")
+        load_engine_state(self._engine, state, "Average", ["average"], schedule=schedule, live=live)
+
+    def _check_alone(self, action: str) -> None:
+        if not self._alone:
+            raise OrderError(
+                f"{action} must be called on the Averages that this average belongs to: "
+                "they share one clock and one read of the live weights."
+            )
+
+
+@final
+class Averages(Mapping[str, Average]):
+    """Several averages of one model from one read of its weights: a mapping of `Average`s.
+
+    Args:
+        model_or_tensors: a module, wrapped or not, or tensors by name.
+        schedules: name to schedule, at least one.
+        now, dtype, device, include, exclude, roles, nonfinite: as for `Average`.
+
+    Example:
+        >>> from polyak import Exponential
+        >>> model = torch.nn.Linear(2, 1)
+        >>> averages = Averages(
+        ...     model, {"short": Exponential(half_life=100), "long": Exponential(half_life=1_000)}
+        ... )
+        >>> averages.update()
+        {'short': 0.0, 'long': 0.0}
+        >>> with averages["short"].applied():
+        ...     y = model(torch.ones(1, 2))
+    """
+
+    def __init__(
+        self,
+        model_or_tensors: Source,
+        schedules: Mapping[str, Schedule],
+        *,
+        now: float = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        include: Selector | None = None,
+        exclude: Selector | None = None,
+        roles: RoleOverride | None = None,
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        if not schedules:
+            raise ArgumentError("schedules must name at least one schedule, got none.")
+        inventory = take_inventory(model_or_tensors, include=include, exclude=exclude, roles=roles)
+        self._engine = Engine(
+            inventory,
+            list(schedules.values()),
+            now=now,
+            dtype=dtype,
+            device=device,
+            nonfinite=nonfinite,
+        )
+        self._members: dict[str, Average] = {}
+        for row, name in enumerate(schedules):
+            self._members[name] = Average._member(model_or_tensors, self._engine, row)
+
+    def __getitem__(self, name: str) -> Average:
+        return self._members[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __repr__(self) -> str:
+        """One line a member."""
+        return "\n".join(f"{name}: {member!r}" for name, member in self._members.items())
+
+    @property
+    def updates(self) -> int:
+        """Updates since construction or reset."""
+        return self._engine.updates
+
+    @property
+    def now(self) -> float:
+        """Time of the last update, in the caller's unit."""
+        return self._engine.now
+
+    def update(self, now: float | None = None) -> dict[str, float]:
+        """Fold in the live weights as they are at `now`; return the decay of each average.
+
+        See `Average.update` for what is refused.
+        """
+        return dict(zip(self._members, self._engine.update(now), strict=True))
+
+    def follow(self, optimizer: Optimizer, *, every: int = 1) -> Follower:
+        """Update after each step that `optimizer` really takes; see `Average.follow`."""
+        return Follower(optimizer, self._engine, self._engine.update, every=every)
+
+    def reset(self, *, now: float | None = None) -> None:
+        """Start all of them again from the live weights."""
+        self._engine.reset(now)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on with all of them; see `Average.state_dict`."""
+        return engine_state(
+            self._engine, "Averages", {name: row for row, name in enumerate(self._members)}
+        )
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, schedule: OnSchedule = "same", live: OnLive = "restore"
+    ) -> None:
+        """Go on from a saved state; see `Average.load_state_dict`."""
+        load_engine_state(
+            self._engine, state, "Averages", list(self._members), schedule=schedule, live=live
+        )
+
+
+def refresh_norms(
+    average_or_model: Uses | nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    limit: int | None = None,
+) -> int:
+    """Recompute batch-norm statistics on data: the mean and variance of all values seen.
+
+    Statistics that were averaged along with the weights belong to no network in particular. Given
+    an average, they are recomputed for the averaged weights and kept with it: `applied`,
+    `weights`, `copy_to` and `save` use them until its next update; the live model is as before.
+    Given a model, they are written into it.
+
+    Layers in evaluation mode in a model that trains are taken to be frozen on purpose. Dropout is
+    off. Nothing changes when the data raises or there is none.
+
+    Args:
+        average_or_model: an average of a module, or a module.
+        batches: what the model is called with: tensors, or tuples that start with one.
+        forward: `(model, batch) -> anything`, for every other kind of batch.
+        limit: use at most so many batches.
+
+    Returns:
+        The number of batches used.
+
+    Raises:
+        ArgumentError: no batches, no batch norm, a batch that needs `forward`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+        >>> average = Average(model)
+        >>> refresh_norms(average, [torch.randn(8, 2), torch.randn(8, 2)])
+        2
+    """
+    if isinstance(average_or_model, nn.Module):
+        return recompute(average_or_model, batches, forward=forward, limit=limit)[0]
+    return average_or_model._refresh_norms(batches, forward, limit)

@@ -1,0 +1,451 @@
+"""The one thing with state: live tensors, the averages of them, a clock, and schedules."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import _kernels as kernels
+from ._errors import ArgumentError, AveragingWarning, MatchError, OrderError
+from ._history import History
+from ._roles import Inventory, check_some_averaged
+from ._schedules import Schedule, constant_decay
+
+Place = tuple[int, torch.Size, tuple[int, ...]]
+NonFinite = Literal["skip", "raise", "ignore"]
+
+STALLED = (
+    "the average no longer moves: 1 - decay is below the rounding of its storage dtype; "
+    "store it in a wider one, dtype=…"
+)
+
+# Memory that some average has lent its weights to at this moment: nobody may average it, or lend
+# it a second time, until it is given back. Process-wide, since averages of one model are many.
+_lent_memory: set[int] = set()
+
+
+@dataclass
+class Memory:
+    """What an average remembers, kept up to date in three numbers.
+
+    Each update multiplies all weights by its decay and adds one: so do these sums over them.
+    """
+
+    initial: float = 1.0  # weight of the weights at construction
+    age: float = 0.0  # mean age of what is averaged, the initial weights included
+    squares: float = 0.0  # sum of the squared weights of all updates
+
+    def fold(self, decay: float, elapsed: float) -> None:
+        """One update by `decay`, `elapsed` after the one before."""
+        self.initial *= decay
+        self.age = decay * (self.age + elapsed)
+        self.squares = decay * decay * self.squares + (1.0 - decay) ** 2
+
+    @property
+    def noise_window(self) -> float:
+        """Of how many equally weighted weight vectors the average is worth."""
+        return 1.0 / (self.squares + self.initial**2)
+
+
+@dataclass
+class Row:
+    """One of the averages of an engine."""
+
+    schedule: Schedule
+    tensors: list[Tensor]  # [slots], storage dtype
+    holders: list[int]  # references to each tensor's memory while it is ours alone
+    memory: Memory
+    norms: dict[str, Tensor]  # recomputed statistics, valid until the next update
+    damage: str = ""  # why it must not be used
+    stalled: bool = False  # rounding has swallowed whole updates
+
+
+@dataclass(frozen=True)
+class Loan:
+    """One row's values sit in the live model; here is where each can be read meanwhile."""
+
+    row: int
+    tensors: list[Tensor]  # [slots]
+    live: dict[str, Tensor]  # where the trained values wait for the end of the loan
+    memory: frozenset[int]  # addresses of the lent live weights
+
+
+class Engine:
+    """Live tensors in slots, K averages of them, one clock, and K schedules.
+
+    Args:
+        inventory: every tensor of the model, with its role.
+        schedules: one for each average.
+        now: the clock at construction; schedules see the time since then.
+        dtype: storage of real averages; None keeps float32 for anything narrower, else the
+            tensor's own.
+        device: where the averages live; None follows each live tensor.
+        nonfinite: what to do with live elements that are NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        schedules: Sequence[Schedule],
+        *,
+        now: float = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        if nonfinite not in get_args(NonFinite):
+            raise ArgumentError(
+                f"nonfinite must be 'skip', 'raise' or 'ignore', got {nonfinite!r}."
+            )
+        if dtype is not None and not dtype.is_floating_point:
+            raise ArgumentError(f"dtype must be a floating point dtype, got {dtype}.")
+        for schedule in schedules:
+            if not callable(schedule):
+                raise ArgumentError(
+                    "schedule must be a schedule such as polyak.Exponential(half_life=1_000) or a "
+                    f"function (now, elapsed) -> decay, got {schedule!r}."
+                )
+        check_some_averaged(inventory)
+        self.inventory = inventory
+        self.entries = inventory.averaged()
+        self.slots = {entry.name: slot for slot, entry in enumerate(self.entries)}
+        self.nonfinite: NonFinite = nonfinite
+        self.loan: Loan | None = None
+        self._device = torch.device(device) if device is not None else None
+        self._dtype = dtype
+        self.rows = [Row(s, [], [], Memory(), {}) for s in schedules]
+        self._start_clock(check_time(now))
+        live = [entry.live() for entry in self.entries]
+        for row in self.rows:
+            row.tensors = [self._allocate(tensor) for tensor in live]
+            row.holders = [count_holders(tensor) for tensor in row.tensors]
+        self.copy_live()
+
+    # ── the clock ────────────────────────────────────────────────────────────────────────────────
+
+    def _start_clock(self, now: float) -> None:
+        self.origin = self.now = now
+        self.updates = 0
+        self.history = History()
+        self.held_back: dict[str, Tensor | int] = {}  # elements that were not finite, by name
+        self.steps = 0  # optimizer steps seen by a follower since the last update
+        self._warned: set[str] = set()
+        for row in self.rows:
+            row.memory, row.norms, row.damage, row.stalled = Memory(), {}, "", False
+
+    def next_time(self, now: float | None) -> tuple[float, float]:
+        """The time of an update at `now` (None: one more), and the time since the last one."""
+        now = self.now + 1 if now is None else check_time(now)
+        if not now > self.now:
+            raise OrderError(
+                f"now must be above {show_time(self.now)} (the last update), got {show_time(now)}. "
+                "Call update once per optimizer step."
+            )
+        return now, now - self.now
+
+    # ── one update ───────────────────────────────────────────────────────────────────────────────
+
+    def update(self, now: float | None = None) -> list[float]:
+        """Fold in the live weights as they are at `now`; return the decay of each average.
+
+        Everything that can be refused is refused before a tensor or the clock is touched.
+        """
+        now, elapsed = self.next_time(now)
+        self.check_may_update()
+        decays = [
+            check_decay(row.schedule(now=now - self.origin, elapsed=elapsed), row.schedule)
+            for row in self.rows
+        ]
+        self._check_expressible(decays, elapsed)
+        self.check_finite(self.rows)
+        self.fold([1.0 - decay for decay in decays], self.rows)
+        for index, (row, decay) in enumerate(zip(self.rows, decays, strict=True)):
+            row.memory.fold(decay, elapsed)
+            row.norms = {}
+            self._warn_if_stalled(index, decay)
+        self.commit(now)
+        return decays
+
+    def check_may_update(self) -> None:
+        """Refuse an update of lent or damaged averages, or from live weights that are lent."""
+        self.check_not_lent("update")
+        for row in self.rows:
+            check_undamaged(row)
+        self._follow_live()
+
+    def check_finite(self, rows: Sequence[Row]) -> None:
+        """Raise `ArgumentError` where `fold` would hold elements back, if that was asked for."""
+        if self.nonfinite != "raise":
+            return
+        found = {
+            self.entries[slots[slot]].name: count
+            for slots, plan in self._plans(rows)
+            for slot, count in plan.not_finite().items()
+        }
+        if found:
+            some = ", ".join(f"{name!r} ({count})" for name, count in list(found.items())[:3])
+            raise ArgumentError(
+                f"live weights must be finite with nonfinite='raise', got NaN or inf in "
+                f"{len(found)} tensors: {some}. Go back to a checkpoint, or use nonfinite='skip'."
+            )
+
+    def fold(self, weights: Sequence[float], rows: Sequence[Row]) -> None:
+        """Mix the live tensors into `rows`, under the guard against NaN and inf."""
+        for slots, plan in self._plans(rows):
+            counts = plan.mix_(weights, guard=self.nonfinite != "ignore")
+            for slot, count in counts.items():
+                name = self.entries[slots[slot]].name
+                self.held_back[name] = self.held_back.get(name, 0) + count
+
+    def commit(self, now: float) -> None:
+        """Move the clock to `now`."""
+        self.history.append(now - self.now)
+        self.now = now
+        self.updates += 1
+        self.steps = 0
+
+    def copy_live(self) -> None:
+        """Set every average to the live weights."""
+        with torch.no_grad():
+            for row in self.rows:
+                for entry, tensor in zip(self.entries, row.tensors, strict=True):
+                    tensor.copy_(entry.live())
+        self._watch()
+
+    def reset(self, now: float | None = None) -> None:
+        """Start again from the live weights at time `now` (None: where the clock stands)."""
+        self.check_not_lent("reset")
+        at = self.now if now is None else check_time(now)
+        self._follow_live()
+        self._start_clock(at)
+        self.copy_live()
+
+    # ── what others may read ─────────────────────────────────────────────────────────────────────
+
+    def values(self, row: int) -> list[Tensor]:
+        """Where the averaged values of `row` can be read right now, [slots]."""
+        check_undamaged(self.rows[row])
+        if self.loan is not None and self.loan.row == row:
+            return self.loan.tensors
+        return self.rows[row].tensors
+
+    def check_not_lent(self, action: str) -> None:
+        """Raise `OrderError` while the live weights are lent, to this average or to another."""
+        if self.loan is not None or (_lent_memory and _lent_memory & self.live_memory()):
+            raise OrderError(
+                f"{action} must come outside applied(), got it inside: the live model holds "
+                "averaged weights there. Leave the block first."
+            )
+
+    def lend(self, loan: Loan) -> None:
+        """Note that `loan` has begun; `end_loan` must follow."""
+        self.loan = loan
+        _lent_memory.update(loan.memory)
+
+    def end_loan(self) -> None:
+        """Note that the live weights are back."""
+        if self.loan is not None:
+            _lent_memory.difference_update(self.loan.memory)
+            self.loan = None
+
+    def live_changed_unseen(self) -> bool:
+        """Whether live weights were written since construction, reset or load, with no update."""
+        return self.updates == self._watched_updates and any(
+            version != version_of(entry.live())
+            for entry, version in zip(self.entries, self._watched, strict=True)
+            if entry.kind != "buffer"
+        )
+
+    def warn_once(self, key: str, message: str, *, depth: int) -> None:
+        """Say `message` as a warning, the first time that `key` comes up.
+
+        Args:
+            key: what it is about.
+            message: what to say.
+            depth: calls between the user's line and the one that warns.
+        """
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, AveragingWarning, stacklevel=depth + 2)
+
+    def drop_plans(self) -> None:
+        """Let go of all views into averages, so that references to their memory can be counted."""
+        self._cached: tuple[list[Place], list[tuple[list[int], kernels.MixPlan]]] | None = None
+
+    def set_clock(
+        self, origin: float, now: float, updates: int, steps: int, history: History
+    ) -> None:
+        """Set the clock as it was saved."""
+        self.origin, self.now, self.updates, self.steps = origin, now, updates, steps
+        self.history = history
+
+    def after_load(self) -> None:
+        """Take note of averages that were written from outside."""
+        for row in self.rows:
+            row.damage = ""
+        self._watch()
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────
+
+    def _allocate(self, live: Tensor) -> Tensor:
+        # Memory made under inference_mode could never be updated outside of it.
+        with torch.inference_mode(False):
+            dtype = kernels.storage_dtype(live.dtype, self._dtype)
+            return torch.empty_like(
+                live.detach(),
+                dtype=dtype,
+                device=self._device or live.device,
+                memory_format=torch.preserve_format,
+                requires_grad=False,
+            )
+
+    def live_memory(self) -> frozenset[int]:
+        """Addresses of the memory that the averaged live tensors lie in."""
+        tensors = [entry.live() for entry in self.entries]
+        return frozenset(t.untyped_storage().data_ptr() for t in tensors if t.numel())
+
+    def _watch(self) -> None:
+        """Remember what the averages and the live weights look like before the next update."""
+        self._watched = [version_of(entry.live()) for entry in self.entries]
+        self._watched_updates = self.updates
+        self._suspects = {
+            slot
+            for row in self.rows
+            for slot, tensor in enumerate(row.tensors)
+            if not kernels.all_finite(tensor)
+        }
+        self.drop_plans()
+
+    def _follow_live(self) -> None:
+        """Notice live tensors that were moved, cast or replaced since the last update.
+
+        A cast or move in place swaps the memory behind the same parameter: that is followed. While
+        our views keep the old memory alive, new memory has a new address, so addresses are enough.
+        """
+        live = [entry.live() for entry in self.entries]
+        if self._cached is not None and [place_of(t) for t in live] == self._cached[0]:
+            return
+        for entry, tensor, average in zip(self.entries, live, self.rows[0].tensors, strict=True):
+            if tensor.shape != average.shape or tensor.is_complex() != average.is_complex():
+                raise MatchError(
+                    f"{entry.name!r} must keep its shape {list(average.shape)} and kind, got "
+                    f"{list(tensor.shape)} {tensor.dtype}. Build a new average, or reset the layer."
+                )
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                raise MatchError(f"{entry.name!r} must stay floating point, got {tensor.dtype}.")
+        self.drop_plans()
+        if self._device is None:
+            for row in self.rows:
+                for slot, tensor in enumerate(live):
+                    if row.tensors[slot].device != tensor.device:
+                        row.tensors[slot] = row.tensors[slot].to(tensor.device)
+                        row.holders[slot] = count_holders(row.tensors[slot])
+
+    def _plans(self, rows: Sequence[Row]) -> list[tuple[list[int], kernels.MixPlan]]:
+        """Slots grouped by device and storage dtype, with the views that the kernels work on."""
+        if rows is self.rows and self._cached is not None:
+            return self._cached[1]
+        live = [entry.live().detach() for entry in self.entries]
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for slot, tensor in enumerate(rows[0].tensors):
+            groups.setdefault((tensor.device, tensor.dtype), []).append(slot)
+        plans = [
+            (
+                slots,
+                kernels.plan(
+                    [[row.tensors[slot] for slot in slots] for row in rows],
+                    [live[slot] for slot in slots],
+                    {i for i, slot in enumerate(slots) if slot in self._suspects},
+                ),
+            )
+            for slots in groups.values()
+        ]
+        if rows is self.rows:
+            self._cached = ([place_of(tensor) for tensor in live], plans)
+        return plans
+
+    def _check_expressible(self, decays: Sequence[float], elapsed: float) -> None:
+        """Refuse, before the first update, a constant decay that the storage cannot express."""
+        if self.updates:
+            return
+        for row in self.rows:
+            per_unit = constant_decay(row.schedule)
+            if per_unit is None or per_unit in (0.0, 1.0):
+                continue
+            share = -math.expm1(elapsed * math.log(per_unit))
+            for entry, tensor in zip(self.entries, row.tensors, strict=True):
+                if share < unit_roundoff(tensor.dtype):
+                    raise ArgumentError(
+                        f"1 - decay must be at least {unit_roundoff(tensor.dtype):.2g}, the "
+                        f"rounding of {tensor.dtype}, got {share:.2g} an update: {entry.name!r} "
+                        "would never move. Store the average in a wider dtype or update less often."
+                    )
+
+    def _warn_if_stalled(self, index: int, decay: float) -> None:
+        row = self.rows[index]
+        row.stalled = row.stalled or (
+            decay < 1.0 and any(1.0 - decay < unit_roundoff(t.dtype) for t in row.tensors)
+        )
+        if row.stalled:
+            self.warn_once(f"stall {index}", f"{STALLED}.", depth=3)
+
+
+# ── checks and small facts ───────────────────────────────────────────────────────────────────────
+
+
+def check_time(now: float) -> float:
+    """`now` as a finite number, ints kept as they are."""
+    value = now if isinstance(now, int) else float(now)
+    if not math.isfinite(value):
+        raise ArgumentError(f"now must be a finite number, got {now!r}.")
+    return value
+
+
+def show_time(now: float) -> str:
+    """A time as people write it: 1200, not 1200.0."""
+    return str(int(now)) if float(now).is_integer() else repr(float(now))
+
+
+def check_decay(decay: float, schedule: Schedule) -> float:
+    """The share of the old average that survives, in [0, 1]."""
+    if not 0.0 <= decay <= 1.0:
+        raise ArgumentError(f"decay must be in [0, 1], got {decay!r} from {schedule!r}.")
+    return float(decay)
+
+
+def check_undamaged(row: Row) -> None:
+    """Refuse an average whose memory was overwritten while it was lent."""
+    if row.damage:
+        raise OrderError(
+            f"the average must be whole, but {row.damage}. "
+            "Call load_state_dict with a saved state, or reset() to start again."
+        )
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the distance from 1 to the next number: 2**-8 for bfloat16, 2**-24 for float32."""
+    return float(torch.finfo(dtype).eps) / 2.0
+
+
+def place_of(tensor: Tensor) -> Place:
+    """Where the elements lie: the address, and how to walk from there."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written in place; -1 for inference tensors, which do not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def count_holders(tensor: Tensor) -> int:
+    """How many tensors, arrays and storages refer to this tensor's memory.
+
+    More than at allocation means that somebody was handed a view and may still look at it. Without
+    the count (it is not documented) we answer -1, and everyone is taken to be looking.
+    """
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return -1 if count is None else int(count(tensor.untyped_storage()._cdata))

@@ -1,0 +1,38 @@
+"""Files that are there whole, or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .._errors import ArgumentError
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; what is written there becomes `path` at the end.
+
+    Synced before it is renamed, so that a crash leaves the old file or the new one. When the block
+    raises, the temporary file is removed and `path` is as it was.
+    """
+    if not path.parent.is_dir():
+        raise ArgumentError(f"path must lie in a folder that exists, got {str(path)!r}.")
+    if path.is_dir():
+        raise ArgumentError(f"path must name a file, got the folder {str(path)!r}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

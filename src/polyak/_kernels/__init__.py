@@ -1,0 +1,34 @@
+"""In-place arithmetic on lists of tensors: one file a backend, no state but the views it cut."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from ._blocks import BlockPlan
+from ._elements import FLOAT8 as FLOAT8
+from ._elements import all_finite as all_finite
+from ._elements import lerp_ as lerp_
+from ._elements import storage_dtype as storage_dtype
+from ._exchange import Exchange as Exchange
+from ._exchange import can_exchange as can_exchange
+from ._foreach import ForeachPlan
+from ._mean import mean_ as mean_
+
+
+class MixPlan(Protocol):
+    """Live tensors and the averages they flow into, ready to be mixed again and again."""
+
+    def mix_(self, weights: Sequence[float], *, guard: bool) -> dict[int, Tensor]:
+        """Fold the live tensors into each average; return elements held back, by slot."""
+
+    def not_finite(self) -> dict[int, int]:
+        """Count live elements that are not finite, by slot."""
+
+
+def plan(
+    averages: Sequence[Sequence[Tensor]], live: Sequence[Tensor], suspects: set[int]
+) -> MixPlan:
+    """Choose the backend for averages that all lie on one device."""
+    on_cpu = averages[0][0].device.type == "cpu"
+    return (BlockPlan if on_cpu else ForeachPlan)(averages, live, suspects)

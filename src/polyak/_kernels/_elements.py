@@ -1,0 +1,95 @@
+"""What one update does to one element, for every dtype: the arithmetic that all backends share."""
+
+import torch
+from torch import Tensor
+
+# Narrower storage is mixed in float32 and rounded once, at the end.
+WIDE = {torch.float32, torch.float64, torch.complex64, torch.complex128}
+
+FLOAT8 = {
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+}
+
+
+def storage_dtype(live: torch.dtype, wanted: torch.dtype | None = None) -> torch.dtype:
+    """The dtype an average of `live` tensors is kept in: float32 for anything narrower.
+
+    `wanted` holds for real tensors; complex ones keep their own (complex64 at least).
+    """
+    if live.is_complex:
+        return live if live in WIDE else torch.complex64
+    if wanted is not None:
+        return wanted
+    return live if live in WIDE else torch.float32
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor itself, or real and imaginary parts side by side: lerp acts on each alone."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def widened(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` on the device of an average stored as `like`, in the dtype it is computed in."""
+    wide = tensor.to(like.device, like.dtype if like.dtype in WIDE else torch.float32)
+    return wide.resolve_conj()  # views as real numbers need it; free for all others
+
+
+def lerp_(average: Tensor, live: Tensor, weight: float) -> None:
+    """average += weight * (live - average), computed in float32 or wider and rounded once.
+
+    Both ends are exact: weight 0 leaves the average alone, weight 1 copies.
+    """
+    if weight == 0.0:
+        return
+    if weight == 1.0:
+        average.copy_(widened(live, average))
+    elif average.dtype in WIDE:
+        as_real(average).lerp_(as_real(widened(live, average)), weight)
+    else:
+        average.copy_(widened(average, average).lerp_(widened(live, average), weight))
+
+
+def held_back(average: Tensor, live: Tensor) -> Tensor:
+    """Where the guard holds a live element back: it is not finite in storage dtype.
+
+    An infinity that the average holds too (an attention mask) is no incident. NaN always is.
+    """
+    stored = _comparable(widened(live, average).to(average.dtype))
+    return ~torch.isfinite(stored) & (stored != _comparable(average))
+
+
+def lerp_finite_(average: Tensor, live: Tensor, weight: float) -> Tensor:
+    """`lerp_` where the live element is finite in storage dtype; elsewhere the average stays.
+
+    An element of the average that is itself not finite (the model was built with it) is replaced by
+    the first finite live value. On finite elements the result has the same bits as `lerp_`.
+
+    Returns:
+        How many live elements were held back, as a tensor on the device: nobody has to wait for it.
+    """
+    live, old = widened(live, average), widened(average, average)
+    count = held_back(average, live).sum()
+    if weight == 0.0:
+        return count
+    usable = torch.isfinite(_comparable(live.to(average.dtype)))
+    both = usable & torch.isfinite(old)
+    base, new = (torch.where(both, t, torch.zeros_like(t)) for t in (old, live))
+    mixed = base.clone()
+    lerp_(mixed, new, weight)
+    # x - y overflows when both are huge and of opposite sign; the convex form cannot.
+    mixed = torch.where(torch.isfinite(mixed), mixed, base * (1.0 - weight) + new * weight)
+    average.copy_(torch.where(both, mixed, torch.where(usable, live, old)))
+    return count
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; waits for the device."""
+    return bool(torch.isfinite(_comparable(tensor)).all())
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """Float8 has no comparisons in torch; its values all fit float32."""
+    return tensor.to(torch.float32) if tensor.dtype in FLOAT8 else tensor

@@ -1,0 +1,63 @@
+"""Accelerators: whole tensors in a few launches, and never a wait for the device."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._elements import WIDE, as_real, held_back, lerp_, lerp_finite_, widened
+
+
+class ForeachPlan:
+    """The same arithmetic as `BlockPlan`, in multi-tensor calls.
+
+    Args:
+        averages: [averages][slots].
+        live: [slots], detached, one shape a slot.
+        suspects: not needed here: the exact path is the only guarded one.
+    """
+
+    def __init__(
+        self,
+        averages: Sequence[Sequence[Tensor]],
+        live: Sequence[Tensor],
+        suspects: set[int],
+    ) -> None:
+        self._averages, self._live = averages, live
+
+    @torch.no_grad()
+    def mix_(self, weights: Sequence[float], *, guard: bool) -> dict[int, Tensor]:
+        """Fold the live tensors into each average with its weight; see `BlockPlan.mix_`.
+
+        The counts stay on the device, so a slot may be listed with a count of zero.
+        """
+        found: dict[int, Tensor] = {}
+        for row, (averages, weight) in enumerate(zip(self._averages, weights, strict=True)):
+            if guard:
+                for slot, (average, live) in enumerate(zip(averages, self._live, strict=True)):
+                    count = lerp_finite_(average, live, weight)
+                    if row == 0:
+                        found[slot] = count
+            elif 0.0 < weight < 1.0 and _one_dtype(averages):
+                live_wide = [
+                    as_real(widened(x, y)) for x, y in zip(self._live, averages, strict=True)
+                ]
+                torch._foreach_lerp_([as_real(y) for y in averages], live_wide, weight)
+            else:
+                for average, live in zip(averages, self._live, strict=True):
+                    lerp_(average, live, weight)
+        return found
+
+    @torch.no_grad()
+    def not_finite(self) -> dict[int, int]:
+        """Count the live elements that the guard would hold back; this one does wait."""
+        counts = [
+            int(held_back(average, live).sum())
+            for average, live in zip(self._averages[0], self._live, strict=True)
+        ]
+        return {slot: count for slot, count in enumerate(counts) if count}
+
+
+def _one_dtype(averages: Sequence[Tensor]) -> bool:
+    dtypes = {average.dtype for average in averages}
+    return len(dtypes) == 1 and dtypes <= WIDE

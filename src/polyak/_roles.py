@@ -1,0 +1,378 @@
+"""Which tensors of a model are averaged, which stay live, and what each of them is called."""
+
+import fnmatch
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from ._errors import ArgumentError, MatchError, OrderError
+
+Role = Literal["average", "live"]
+Kind = Literal["parameter", "buffer", "tensor"]
+Selector = str | Sequence[str] | Callable[[str, Tensor], bool]
+RoleOverride = Mapping[str, Role] | Callable[[str, Tensor], Role | None]
+
+# Wrappers that put one module around another, and the attribute under which it sits. Looked up
+# among the modules already imported: nothing can be wrapped by a class that nobody has loaded.
+_WRAPPERS = (
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    (
+        "torch.distributed.fsdp.fully_sharded_data_parallel",
+        "FullyShardedDataParallel",
+        "_fsdp_wrapped_module",
+    ),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One live tensor: its canonical name, where it is looked up, its role and the reason."""
+
+    name: str
+    owner: MutableMapping[str, Any]
+    key: str
+    kind: Kind
+    role: Role
+    why: str
+    persistent: bool = True
+    aliases: tuple[str, ...] = ()
+    pinned: Tensor | None = None  # a parameter must stay the same object: optimizers hold it
+
+    def live(self) -> Tensor:
+        """The live tensor as it is now; `MatchError` when it is gone or was replaced."""
+        tensor = self.owner.get(self.key)
+        if not isinstance(tensor, Tensor):
+            raise MatchError(
+                f"{self.name!r} must still be in the model, got {tensor!r}. "
+                "Build the average after the model has its final layers."
+            )
+        if self.pinned is not None and tensor is not self.pinned:
+            raise MatchError(
+                f"{self.name!r} must be the parameter object it was when the average was built, "
+                f"got a new one of shape {list(tensor.shape)}. Build the average after layers and "
+                "parameters are replaced (an optimizer built before would miss the new one too)."
+            )
+        return tensor
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every tensor of a model's full state, in the order of its state dict."""
+
+    entries: tuple[Entry, ...]
+    order: tuple[tuple[str, int], ...]  # (name, index of its entry), ties more than once
+    extras: tuple[tuple[str, nn.Module], ...] = ()  # (name, module) of `get_extra_state`
+    index: Mapping[str, int] = field(init=False)  # every name, aliases too -> entry
+
+    def __post_init__(self) -> None:
+        """Index the entries by each of their names."""
+        index = {name: i for i, e in enumerate(self.entries) for name in (e.name, *e.aliases)}
+        object.__setattr__(self, "index", index)
+
+    def averaged(self) -> list[Entry]:
+        """The entries whose role is "average"."""
+        return [entry for entry in self.entries if entry.role == "average"]
+
+
+def inner_name(module: nn.Module) -> str | None:
+    """The attribute of the wrapped module when `module` is a known wrapper, else None."""
+    for where, name, attribute in _WRAPPERS:
+        wrapper = getattr(sys.modules.get(where), name, None)
+        if wrapper is not None and isinstance(module, wrapper):
+            return attribute
+    return None
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The innermost module of a stack of known wrappers."""
+    while (name := inner_name(module)) is not None:
+        module = cast(nn.Module, getattr(module, name))
+    return module
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Each module with its canonical prefix: wrappers recognised by type add nothing to a name.
+
+    A module that is reachable by several paths comes once a path, as in a state dict.
+    """
+    yield prefix, module
+    transparent = inner_name(module)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from walk(child, prefix if name == transparent else f"{prefix}{name}.")
+
+
+def take_inventory(
+    source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    roles: RoleOverride | None = None,
+) -> Inventory:
+    """List every tensor of `source` with its role; refuse what no average can be made of.
+
+    Args:
+        source: a module (wrapped or not), or named tensors.
+        include: only these are averaged: a name pattern (`fnmatch`), several, or a function
+            `(name, tensor) -> bool`.
+        exclude: these stay live; the same forms.
+        roles: the last word: patterns to "average" or "live", or a function that returns one of
+            these, or None for the usual rule.
+
+    Raises:
+        ArgumentError: a pattern that matches nothing; an integer or exotic tensor that is asked to
+            be averaged.
+        OrderError: a lazy parameter that has no shape yet, or a tensor without data.
+    """
+    if isinstance(source, nn.Module):
+        found, extras = _of_module(source)
+    else:
+        found, extras = _of_tensors(source), []
+    tied: dict[object, list[_Raw]] = {}  # one tensor, all the places it was met at
+    for raw in found:
+        tied.setdefault(_identity(raw), []).append(raw)
+    assign = _assigner(include, exclude, roles, [raw.name for raw in found])
+    entries = [assign(raws) for raws in tied.values()]
+    position = {raw.name: i for i, raws in enumerate(tied.values()) for raw in raws}
+    order = [(raw.name, position[raw.name]) for raw in found if raw.persistent]
+    return Inventory(tuple(entries), tuple(order), tuple(extras))
+
+
+def check_some_averaged(inventory: Inventory) -> None:
+    """Raise `ArgumentError`, with the reasons, when every tensor stays live."""
+    entries = inventory.entries
+    if not entries:
+        raise ArgumentError("the model must have something to average, got no tensors at all.")
+    if not inventory.averaged():
+        reasons = "; ".join(sorted({entry.why for entry in entries}))
+        raise ArgumentError(
+            f"the model must have something to average, got {len(entries)} tensors that all stay "
+            f"live ({reasons}). Unfreeze what is trained, or name tensors with roles=."
+        )
+
+
+def check_complete(inventory: Inventory, model: nn.Module) -> None:
+    """Raise `MatchError` when the model has gained tensors since the inventory was taken."""
+    found, _ = _of_module(model)
+    new = [raw.name for raw in found if raw.persistent and raw.name not in inventory.index]
+    if new:
+        raise MatchError(
+            f"the model must hold the tensors it had when the average was built, got {len(new)} "
+            f"more: {new[:3]}. Build the average after the model has all its layers."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Raw:
+    """A tensor met on the walk, before it has a role."""
+
+    name: str
+    tensor: Tensor
+    owner: MutableMapping[str, Any]
+    key: str
+    kind: Kind
+    persistent: bool = True
+    unit_norm: bool = False
+
+
+def _of_module(model: nn.Module) -> tuple[list[_Raw], list[tuple[str, nn.Module]]]:
+    found: list[_Raw] = []
+    extras: list[tuple[str, nn.Module]] = []
+    for prefix, module in walk(model):
+        units = _unit_norm_buffers(module)
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owner = cast(MutableMapping[str, Any], module._parameters)
+                found.append(_Raw(prefix + key, parameter, owner, key, "parameter"))
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                owner = cast(MutableMapping[str, Any], module._buffers)
+                kept = key not in module._non_persistent_buffers_set
+                found.append(
+                    _Raw(prefix + key, buffer, owner, key, "buffer", kept, unit_norm=key in units)
+                )
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            extras.append((prefix + "_extra_state", module))
+    return found, extras
+
+
+def _of_tensors(source: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[_Raw]:
+    # A mutable mapping is kept, not copied: what its owner puts there later is what we average.
+    owner = source if isinstance(source, MutableMapping) else dict(source)
+    for name, tensor in owner.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ArgumentError(
+                "the first argument must be a module or tensors by name, "
+                f"got {type(tensor).__name__} under {name!r}."
+            )
+    return [_Raw(name, tensor, owner, name, "tensor") for name, tensor in owner.items()]
+
+
+def _unit_norm_buffers(module: nn.Module) -> set[str]:
+    """Names of the singular vectors that spectral norm keeps at length one.
+
+    The mean of two unit vectors is shorter than one, and the layer's scale is divided by it.
+    """
+    if isinstance(module, _SpectralNorm):
+        return {"_u", "_v"}
+    names: set[str] = set()
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            names |= {f"{hook.name}_u", f"{hook.name}_v"}
+    return names
+
+
+def _identity(raw: _Raw) -> object:
+    """What two names must share to be one tensor: the object, or the very same memory."""
+    tensor = raw.tensor
+    if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
+        return id(tensor)
+    if tensor.device.type == "meta":
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
+
+
+def _assigner(
+    include: Selector | None,
+    exclude: Selector | None,
+    roles: RoleOverride | None,
+    names: Sequence[str],
+) -> Callable[[list[_Raw]], Entry]:
+    """Return the rule that gives a tensor its role, with the caller's wishes built in.
+
+    A tied tensor has several names; a wish that matches one of them counts for the tensor.
+    """
+    included = _selector(include, "include", names)
+    excluded = _selector(exclude, "exclude", names)
+    overridden = _override(roles, names)
+
+    def assign(raws: list[_Raw]) -> Entry:
+        raw, names = raws[0], [raw.name for raw in raws]
+        _check_has_data(raw)
+        role, why = _usual_role(raw)
+        if role == "average" and included and not any(included(n, raw.tensor) for n in names):
+            role, why = "live", "not in include"
+        if role == "average" and excluded and any(excluded(n, raw.tensor) for n in names):
+            role, why = "live", "in exclude"
+        wishes = [wish for name in names if (wish := overridden(name, raw.tensor)) is not None]
+        if wishes:
+            role, why = wishes[0], "in roles"
+        if role == "average":
+            _check_can_be_averaged(raw)
+        return Entry(
+            raw.name,
+            raw.owner,
+            raw.key,
+            raw.kind,
+            role,
+            why,
+            persistent=any(raw.persistent for raw in raws),
+            aliases=tuple(names[1:]),
+            pinned=raw.tensor if isinstance(raw.tensor, nn.Parameter) else None,
+        )
+
+    return assign
+
+
+def _usual_role(raw: _Raw) -> tuple[Role, str]:
+    if not (raw.tensor.is_floating_point() or raw.tensor.is_complex()):
+        return "live", f"{_dtype_name(raw.tensor)} values cannot be averaged"
+    if raw.kind == "tensor":
+        return "average", "named tensor"
+    if raw.kind == "parameter":
+        if raw.tensor.requires_grad:
+            return "average", "trainable parameter"
+        return "live", "frozen parameter"
+    if not raw.persistent:
+        return "live", "non-persistent buffer"
+    if raw.unit_norm:
+        return "live", "unit vector of spectral norm"
+    return "average", "floating buffer"
+
+
+def _check_has_data(raw: _Raw) -> None:
+    if nn.parameter.is_lazy(raw.tensor):
+        raise OrderError(
+            f"{raw.name!r} must have a shape, got an uninitialised lazy parameter. "
+            "Run one forward pass, then build the average."
+        )
+    if raw.tensor.device.type == "meta":
+        raise OrderError(
+            f"{raw.name!r} must hold data, got a tensor on the meta device. "
+            "Materialise the model and load its weights, then build the average."
+        )
+
+
+def _check_can_be_averaged(raw: _Raw) -> None:
+    tensor = raw.tensor
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ArgumentError(
+            f"roles must keep {raw.name!r} live, got 'average' for {_dtype_name(tensor)} values."
+        )
+    # A subclass that only tags ordinary memory is fine; one that dispatches may hold anything.
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise ArgumentError(
+            f"{raw.name!r} must be an ordinary tensor, got the subclass {type(tensor).__name__}. "
+            f"Leave it live with exclude={raw.name!r}."
+        )
+    if tensor.layout != torch.strided:
+        raise ArgumentError(
+            f"{raw.name!r} must be a dense tensor, got layout {tensor.layout}. "
+            f"Leave it live with exclude={raw.name!r}."
+        )
+
+
+def _selector(
+    selector: Selector | None, argument: str, names: Sequence[str]
+) -> Callable[[str, Tensor], bool] | None:
+    if selector is None or callable(selector):
+        return selector
+    patterns = [selector] if isinstance(selector, str) else list(selector)
+    _check_patterns(patterns, argument, names)
+    return lambda name, _: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _override(
+    roles: RoleOverride | None, names: Sequence[str]
+) -> Callable[[str, Tensor], Role | None]:
+    table: Mapping[str, Role] = {} if roles is None or callable(roles) else roles
+    _check_patterns(list(table), "roles", names)
+
+    def from_table(name: str, _: Tensor) -> Role | None:
+        return next((r for p, r in table.items() if fnmatch.fnmatchcase(name, p)), None)
+
+    choose = roles if callable(roles) else from_table
+
+    def checked(name: str, tensor: Tensor) -> Role | None:
+        role = choose(name, tensor)
+        if role not in ("average", "live", None):
+            raise ArgumentError(f"roles must say 'average' or 'live', got {role!r} for {name!r}.")
+        return role
+
+    return checked
+
+
+def _check_patterns(patterns: Sequence[str], argument: str, names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ArgumentError(
+                f"{argument} must match a tensor of the model, got {pattern!r} which matches none "
+                f"of {len(names)} names such as {list(names[:3])}."
+            )
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,236 @@
+"""What is saved to go on with an average, and how it is checked before anything is written."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ._engine import Engine, Memory, Row
+from ._errors import ArgumentError, MatchError
+from ._history import History
+from ._schedules import schedule_state
+
+FORMAT = 1
+
+OnSchedule = Literal["same", "replace"]
+OnLive = Literal["restore", "leave"]
+
+
+def engine_state(engine: Engine, kind: str, rows: Mapping[str, int]) -> dict[str, Any]:
+    """Tensors (references, like a module's state dict), clock, schedules and counters.
+
+    Nothing but dicts, lists, strings, numbers and tensors: `torch.load(weights_only=True)` reads
+    it. Inside `applied()` the tensors are copies, since the memory changes hands at the end of the
+    block, and the lent live weights are in it too.
+    """
+    lent = engine.loan is not None
+    state: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": kind,
+        "clock": {
+            "origin": engine.origin,
+            "now": engine.now,
+            "updates": engine.updates,
+            "steps": engine.steps,
+            "history": engine.history.state(),
+        },
+        "nonfinite": {name: int(count) for name, count in engine.held_back.items()},
+        "averages": {name: _row_state(engine, row, copies=lent) for name, row in rows.items()},
+    }
+    if engine.loan is not None:
+        state["live"] = {name: tensor.clone() for name, tensor in engine.loan.live.items()}
+    return state
+
+
+def _row_state(engine: Engine, index: int, *, copies: bool) -> dict[str, Any]:
+    row, values = engine.rows[index], engine.values(index)
+    return {
+        "schedule": schedule_state(row.schedule),
+        "memory": asdict(row.memory),
+        "tensors": tensor_state(engine, values, copies=copies),
+        "norms": dict(row.norms),
+    }
+
+
+def tensor_state(engine: Engine, tensors: Sequence[Tensor], *, copies: bool) -> dict[str, Tensor]:
+    """Tensors by canonical name; views, so that holding them is seen by `applied()`."""
+    return {
+        entry.name: tensor.detach().clone() if copies else tensor.detach()
+        for entry, tensor in zip(engine.entries, tensors, strict=True)
+    }
+
+
+def load_engine_state(
+    engine: Engine,
+    state: Mapping[str, Any],
+    kind: str,
+    names: Sequence[str],
+    *,
+    schedule: OnSchedule,
+    live: OnLive,
+) -> None:
+    """Go on from `state`: check all of it, then write."""
+    engine.check_not_lent("load_state_dict")
+    check_header(state, kind)
+    averages = part(state, "averages", Mapping)
+    if set(averages) != set(names):
+        raise MatchError(
+            f"the state must hold the averages {sorted(names)}, got {sorted(averages)}. "
+            "Build with the same names."
+        )
+    if schedule not in ("same", "replace"):
+        raise ArgumentError(f"schedule must be 'same' or 'replace', got {schedule!r}.")
+    if live not in ("restore", "leave"):
+        raise ArgumentError(f"live must be 'restore' or 'leave', got {live!r}.")
+    clock = _clock(state)
+    incidents = _incidents(engine, state)
+    rows = [_row(engine, part(averages, name, Mapping)) for name in names]
+    if schedule == "same":
+        for row, name in zip(engine.rows, names, strict=True):
+            _check_schedule(row, part(averages[name], "schedule", Mapping))
+    restored = _live_targets(engine, state) if live == "restore" else []
+    with torch.no_grad():
+        for row, (tensors, memory, norms) in zip(engine.rows, rows, strict=True):
+            for entry, target in zip(engine.entries, row.tensors, strict=True):
+                target.copy_(tensors[entry.name])
+            row.memory, row.norms = memory, norms
+        for target, value in restored:
+            target.copy_(value)
+    engine.set_clock(*clock)
+    engine.held_back = incidents
+    engine.after_load()
+
+
+def check_header(state: Mapping[str, Any], kind: str) -> None:
+    """Raise unless `state` was written by a class of this kind in a format that we know."""
+    if not isinstance(state, Mapping) or "format" not in state or "kind" not in state:
+        found = sorted(map(str, state))[:3] if isinstance(state, Mapping) else type(state).__name__
+        raise ArgumentError(
+            f"state must be what state_dict() of a polyak average returned, got {found}."
+        )
+    if state["format"] != FORMAT:
+        raise ArgumentError(
+            f"the state must have format {FORMAT}, got {state['format']!r}. "
+            "Load it with the version of polyak that saved it."
+        )
+    if state["kind"] != kind:
+        raise MatchError(f"the state must be of a polyak.{kind}, got one of {state['kind']!r}.")
+
+
+def part(state: Mapping[str, Any], key: str, *kinds: type) -> Any:
+    """`state[key]`, or an `ArgumentError` when it is missing or of another kind."""
+    value = state.get(key)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ArgumentError(
+            f"the state must have {key!r} as {' or '.join(kind.__name__ for kind in kinds)}, got "
+            f"{type(value).__name__}. The file is damaged; take an older one."
+        )
+    return value
+
+
+def _clock(state: Mapping[str, Any]) -> tuple[float, float, int, int, History]:
+    """Origin, now, updates, steps and history of a state."""
+    clock = part(state, "clock", Mapping)
+    origin, now = part(clock, "origin", int, float), part(clock, "now", int, float)
+    updates, steps = part(clock, "updates", int), part(clock, "steps", int)
+    history = History.from_state(part(clock, "history", list))
+    if not (math.isfinite(origin) and origin <= now < math.inf and steps >= 0):
+        raise ArgumentError(
+            f"the state's clock must run forward, got origin {origin}, now {now}, steps {steps}. "
+            "The file is damaged; take an older one."
+        )
+    if len(history) != updates:
+        raise ArgumentError(
+            f"the state's history must have its {updates} updates, got {len(history)}. "
+            "The file is damaged; take an older one."
+        )
+    return origin, now, updates, steps, history
+
+
+def _incidents(engine: Engine, state: Mapping[str, Any]) -> dict[str, Tensor | int]:
+    counts = part(state, "nonfinite", Mapping)
+    unknown = sorted(set(counts) - set(engine.slots))
+    if unknown:
+        raise MatchError(
+            f"the state must count incidents of tensors that the average has, got {unknown[:3]}. "
+            "Build the model as it was saved."
+        )
+    return {name: part(counts, name, int) for name in counts}
+
+
+def _row(
+    engine: Engine, saved: Mapping[str, Any]
+) -> tuple[Mapping[str, Tensor], Memory, dict[str, Tensor]]:
+    """Tensors, memory and statistics of one average."""
+    tensors = part(saved, "tensors", Mapping)
+    check_tensors(engine, tensors)
+    numbers = part(saved, "memory", Mapping)
+    memory = Memory(**{f.name: part(numbers, f.name, float, int) for f in fields(Memory)})
+    if not all(math.isfinite(v) and v >= 0.0 for v in (memory.initial, memory.age, memory.squares)):
+        raise ArgumentError(
+            f"the state's memory must be finite and not negative, got {memory}. "
+            "The file is damaged; take an older one."
+        )
+    norms = dict(part(saved, "norms", Mapping))
+    for name, value in norms.items():
+        index = engine.inventory.index.get(name)
+        live = None if index is None else engine.inventory.entries[index].live()
+        if live is None or not isinstance(value, Tensor) or live.shape != value.shape:
+            raise MatchError(
+                f"the state's statistics must be of buffers of the model, got {name!r}, which is "
+                "not there or has another shape. Build the model as it was saved."
+            )
+    return tensors, memory, norms
+
+
+def check_tensors(engine: Engine, saved: Mapping[str, Tensor]) -> None:
+    """Raise `MatchError`, naming the culprits, unless names, shapes and dtypes agree."""
+    if not isinstance(saved, Mapping):
+        raise ArgumentError(f"the state's tensors must be by name, got {type(saved).__name__}.")
+    missing, extra = sorted(set(engine.slots) - set(saved)), sorted(set(saved) - set(engine.slots))
+    if missing or extra:
+        raise MatchError(
+            "the state and the average must hold the same tensors, "
+            f"got {len(missing)} only in the average {missing[:3]} "
+            f"and {len(extra)} only in the state {extra[:3]}. Build the model as it was saved."
+        )
+    for name, slot in engine.slots.items():
+        ours, theirs = engine.rows[0].tensors[slot], part(saved, name, Tensor)
+        if ours.shape != theirs.shape:
+            raise MatchError(
+                f"{name!r} must have shape {list(ours.shape)}, got {list(theirs.shape)} in the "
+                "state. Build the model as it was saved."
+            )
+        if ours.dtype != theirs.dtype:
+            raise MatchError(
+                f"{name!r} must be stored as {ours.dtype}, got {theirs.dtype} in the state. "
+                "Build the average with the dtype it was saved with, dtype=…"
+            )
+
+
+def _check_schedule(row: Row, saved: Mapping[str, Any]) -> None:
+    ours = schedule_state(row.schedule)
+    if ours != dict(saved):
+        raise MatchError(
+            f"the state's schedule must be this average's, {ours}, got {dict(saved)}. "
+            'Build with the saved one, or pass schedule="replace" to go on with the new one.'
+        )
+
+
+def _live_targets(engine: Engine, state: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Live tensors to be written back, when the state was taken inside `applied()`."""
+    lent = part(state, "live", Mapping) if "live" in state else {}
+    targets = []
+    for entry in engine.inventory.entries:
+        if entry.name in lent:
+            live, value = entry.live(), part(lent, entry.name, Tensor)
+            if live.shape != value.shape:
+                raise MatchError(
+                    f"{entry.name!r} must have shape {list(live.shape)} in the model, got "
+                    f"{list(value.shape)} in the state. Build the model as it was saved."
+                )
+            targets.append((live, value))
+    return targets

@@ -1,0 +1,126 @@
+"""The full set of tensors that an average stands for: to load, to save, to write into a module."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import _kernels as kernels
+from ._engine import Engine
+from ._errors import ArgumentError, MatchError
+from ._roles import Entry, Inventory, take_inventory
+
+
+@torch.no_grad()
+def full_set(engine: Engine, row: int = 0, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Fresh copies under every name of the model's state dict, tied ones sharing one copy.
+
+    Averaged tensors come from the average, all others from the live model as it is now. Dtypes are
+    those of the live tensors, unless `dtype` is given for the real floating ones.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ArgumentError(f"dtype must be a floating point dtype, got {dtype}.")
+    averages, norms = engine.values(row), engine.rows[row].norms
+    copies: dict[int, Tensor] = {}
+    result: dict[str, Tensor] = {}
+    for name, index in engine.inventory.order:
+        if index not in copies:
+            entry = engine.inventory.entries[index]
+            source = _source(engine, entry, averages, norms)
+            live = entry.live()
+            target = dtype if dtype is not None and live.is_floating_point() else live.dtype
+            copies[index] = _as(source, live.device, target, name)
+        result[name] = copies[index]
+    for name, module in engine.inventory.extras:
+        result[name] = copy.deepcopy(module.get_extra_state())
+    return result
+
+
+def _as(source: Tensor, device: torch.device, dtype: torch.dtype, name: str) -> Tensor:
+    """Make a copy in `dtype`; what fits the average must not become infinite in a file."""
+    result = source.detach().to(device, dtype, copy=True)
+    if dtype in (torch.float16, *kernels.FLOAT8) and source.dtype != dtype:
+        lost = int((torch.isfinite(source) & ~torch.isfinite(result.to(torch.float32))).sum())
+        if lost:
+            raise ArgumentError(
+                f"{name!r} must fit {dtype}, got {lost} values beyond its range (largest "
+                f"{float(source.abs().max()):.4g}). Ask for torch.bfloat16 or torch.float32."
+            )
+    return result
+
+
+def _source(
+    engine: Engine, entry: Entry, averages: list[Tensor], norms: Mapping[str, Tensor]
+) -> Tensor:
+    if entry.name in norms:
+        return norms[entry.name]
+    if entry.role == "average":
+        return averages[engine.slots[entry.name]]
+    # Inside applied() the live buffers may be those of an evaluation; ours wait in the loan.
+    if engine.loan is not None and entry.name in engine.loan.live:
+        return engine.loan.live[entry.name]
+    return entry.live()
+
+
+@torch.no_grad()
+def copy_to(engine: Engine, row: int, module: nn.Module, share: float) -> None:
+    """Move `module` towards the average by `share`; at 1 it becomes the average's full set.
+
+    Names, shapes and kinds are compared before anything is written.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ArgumentError(f"share must be above 0 and at most 1, got {share!r}.")
+    engine.check_not_lent("copy_to")
+    target = take_inventory(module)
+    _check_targets(engine.inventory, target)
+    averages, norms = engine.values(row), engine.rows[row].norms
+    for entry in engine.inventory.entries:
+        there = target.entries[target.index[entry.name]].live()
+        source = _source(engine, entry, averages, norms)
+        if entry.role == "average":
+            kernels.lerp_(there, source, share)
+        elif share == 1.0 and there is not source:
+            there.copy_(source)
+
+
+def _check_targets(ours: Inventory, theirs: Inventory) -> None:
+    missing = sorted(set(ours.index) - set(theirs.index))
+    extra = sorted(set(theirs.index) - set(ours.index))
+    if missing or extra:
+        raise MatchError(
+            "the average and the module must hold the same tensors, "
+            f"got {len(missing)} only in the average {missing[:3]} "
+            f"and {len(extra)} only in the module {extra[:3]}. Pass a module of the same class."
+        )
+    for name, index in ours.index.items():
+        mine = ours.entries[index].live()
+        there = theirs.entries[theirs.index[name]].live()
+        if mine.shape != there.shape or mine.is_complex() != there.is_complex():
+            raise MatchError(
+                f"{name!r} must have one shape and kind, got {list(mine.shape)} {mine.dtype} in "
+                f"the average and {list(there.shape)} {there.dtype} in the module."
+            )
+
+
+@torch.no_grad()
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Write tensors into a model by canonical name, after all of them were checked."""
+    target = take_inventory(model)
+    names = [name for name, _ in target.order]
+    missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
+    if missing or extra:
+        raise MatchError(
+            f"{origin} and the model must hold the same tensors, got {len(missing)} only in the "
+            f"model {missing[:3]} and {len(extra)} only in the file {extra[:3]}. "
+            "Pass a model of the class that was saved."
+        )
+    for name, index in target.order:
+        live = target.entries[index].live()
+        if live.shape != tensors[name].shape:
+            raise MatchError(
+                f"{name!r} must have shape {list(live.shape)} as in the model, got "
+                f"{list(tensors[name].shape)} in {origin}."
+            )
+    for name, index in target.order:
+        target.entries[index].live().copy_(tensors[name])
