@@ -91,20 +91,20 @@ def test_a_million_times_sum_to_one() -> None:
 
 def test_lengths_of_a_settled_ema(ema: Profile) -> None:
     """The table of SCIENCE 3.1 at 0.999: 999, 1999, 692.8, 1.0005e-3."""
-    assert ema.mean_age == pytest.approx(DECAY / (1 - DECAY), rel=1e-12)
-    assert ema.noise_window == pytest.approx((1 + DECAY) / (1 - DECAY), rel=1e-12)
+    assert ema.mean_age == pytest.approx(DECAY / (1 - DECAY), rel=1e-12, abs=0)
+    assert ema.noise_window == pytest.approx((1 + DECAY) / (1 - DECAY), rel=1e-12, abs=0)
     assert ema.half_life == pytest.approx(math.log(2) / -math.log(DECAY), abs=2e-4)
     cutoff = 2 * math.asin((1 - DECAY) / (2 * math.sqrt(DECAY)))
-    assert ema.cutoff == pytest.approx(cutoff, rel=1e-12)
+    assert ema.cutoff == pytest.approx(cutoff, rel=1e-12, abs=0)
     assert cutoff == pytest.approx(1.0005e-3, rel=1e-6)
 
 
 def test_lengths_of_a_plain_mean() -> None:
     """Of n steps: mean age (n - 1) / 2, window n, half of the weight in the younger half."""
     mean = profile(Uniform(), range(1, 1_001))
-    assert mean.mean_age == pytest.approx(499.5, rel=1e-12)
-    assert mean.noise_window == pytest.approx(1_000, rel=1e-12)
-    assert mean.half_life == pytest.approx(500, rel=1e-12)
+    assert mean.mean_age == pytest.approx(499.5, rel=1e-12, abs=0)
+    assert mean.noise_window == pytest.approx(1_000, rel=1e-12, abs=0)
+    assert mean.half_life == pytest.approx(500, rel=1e-12, abs=0)
     # |sin(n w / 2) / (n sin(w / 2))|^2 = 1 / 2 at n w / 2 = 1.3915574, but for O(1 / n^2).
     assert mean.cutoff == pytest.approx(2 * 1.3915573782515103 / 1_000, rel=1e-6)
 
@@ -112,7 +112,7 @@ def test_lengths_of_a_plain_mean() -> None:
 def test_lengths_of_a_power_function() -> None:
     """Half-life: half of the weight lies before end * 2 ** (-1 / (gamma + 1))."""
     found = profile(Power(gamma=3.0), range(1, 100_001))
-    assert found.half_life == pytest.approx(1e5 * (1 - 2 ** (-1 / 4)), rel=1e-9)
+    assert found.half_life == pytest.approx(1e5 * (1 - 2 ** (-1 / 4)), rel=1e-9, abs=0)
     assert found.mean_age == pytest.approx(1e5 / 5 - 0.5, rel=1e-6)
 
 
@@ -136,14 +136,16 @@ def test_initial_weights_count_with_the_age_of_the_run() -> None:
 def test_half_life_interpolates_within_an_interval() -> None:
     """Weights 1/4, 3/4 over (0, 4] and (4, 10]: half is younger at 2/3 of the last interval."""
     found = profile(lambda *, now, elapsed: 0.0 if now == 4 else 0.25, [4, 10])
-    assert found.half_life == pytest.approx(4.0, rel=1e-14)
+    assert found.half_life == pytest.approx(4.0, rel=1e-14, abs=0)
 
 
 @pytest.mark.parametrize("decay", [0.1716, 0.2, 0.5, 0.9, 0.99])
 def test_cutoff_of_a_short_ema(decay: float) -> None:
     """Also next to pi, where the decay is barely enough to have one."""
     found = profile(Exponential(decay=decay, debias=False), range(1, 5_001)).cutoff
-    assert found == pytest.approx(2 * math.asin((1 - decay) / (2 * math.sqrt(decay))), rel=1e-9)
+    assert found == pytest.approx(
+        2 * math.asin((1 - decay) / (2 * math.sqrt(decay))), rel=1e-9, abs=0
+    )
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1, 0.15, 0.1715])
@@ -193,7 +195,7 @@ def test_long_search_by_transform_agrees_with_the_search_by_steps(
     monkeypatch.setattr(_profiles, "_STEPS_BEFORE_TRANSFORM", 1)
     fast = _first_half_power(dips), _first_half_power(stays)
 
-    assert slow[0] == pytest.approx(fast[0], rel=1e-12)
+    assert slow[0] == pytest.approx(fast[0], rel=1e-12, abs=0)
     assert slow[0] is not None
     assert slow[1] is fast[1] is None
     assert oracles.power_at(dips, slow[0]) == pytest.approx(0.5, abs=1e-12)

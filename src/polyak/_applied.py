@@ -33,14 +33,21 @@ def applied(engine: Engine, row: int = 0) -> Iterator[None]:
         lender.give()
         yield
     except BaseException as error:
-        lender.take_back()
-        if changed := lender.changed():
-            error.add_note(f"polyak: {lender.blame(changed)}")
+        try:
+            lender.take_back()
+        except BaseException:  # an interrupt at the very call: nothing of it may have run
+            lender.take_back()
+            raise
+        if lender.changed:
+            error.add_note(f"polyak: {lender.blame()}")
         raise
-    else:
+    try:
         lender.take_back()
-        if changed := lender.changed():
-            raise OrderError(lender.blame(changed))
+    except BaseException:
+        lender.take_back()
+        raise
+    if lender.changed:
+        raise OrderError(lender.blame())
 
 
 class _Lender:
@@ -48,6 +55,7 @@ class _Lender:
 
     def __init__(self, engine: Engine, row: int) -> None:
         self._engine, self._row = engine, row
+        self.changed: list[str] = []  # parameters that somebody else wrote, replaced or moved
         averages = engine.values(row)
         engine.drop_plans()  # their views would count as somebody looking
         holders = engine.rows[row].holders
@@ -78,7 +86,7 @@ class _Lender:
                 self._copies.append((live, average))
         self._exchange = kernels.Exchange(swapped)
         self._memory = engine.live_memory()
-        self._read_at = self._where_to_read(averages)
+        self._loan = self._where_to_read(averages)
 
     def _where_to_read(self, averages: list[Tensor]) -> Loan:
         """Tell where both sets of values can be read while the loan lasts."""
@@ -94,50 +102,68 @@ class _Lender:
         """Put the averages into the live model."""
         for live, _ in self._copies:
             live.backup = live.data.clone()  # all copies are made before anything is written
-            self._read_at.live[live.entry.name] = live.backup
-        self._engine.lend(self._read_at)
+            self._loan.live[live.entry.name] = live.backup
+        self._engine.lend(self._loan)
         self._exchange.do()
+        for parameter in self._parameters:
+            if parameter.swapped:
+                parameter.lent = kernels.fingerprint(parameter.data)
         for live, average in self._copies:
             if average is not None:
-                live.data.copy_(average)
+                kernels.write_(live.data, average)
 
     def take_back(self) -> None:
-        """Restore every bit; an interrupt that arrives meanwhile waits until that is done."""
-        interrupt: KeyboardInterrupt | None = None
+        """Restore every bit; what interrupts that waits until it is done.
+
+        Each step may run twice, so after an interrupt (Ctrl-C, a signal handler that exits) we
+        begin again. An error in a copy gets one more try; after that the loan stays open, and what
+        would average or train the wrong weights is refused.
+        """
+        first: BaseException | None = None
+        errors = 0
         while True:
             try:
                 self._restore()
                 break
-            except KeyboardInterrupt as error:  # each step may run twice, so begin again
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+            except BaseException as error:
+                first = first or error
+                errors += isinstance(error, Exception)
+                if errors > 1:
+                    raise
+        try:
+            if first is not None:
+                raise first
+        finally:
+            del first  # or the error would hold this frame, and the frame the error
 
     @torch.no_grad()
     def _restore(self) -> None:
         for live in (*self._parameters, *self._buffers):
             live.point_back()
+        for parameter in self._parameters:
+            if parameter.swapped and parameter.written():
+                self._engine.rows[
+                    self._row
+                ].damage = (
+                    f"{parameter.entry.name!r} was changed inside applied(), in shared memory"
+                )
         self._exchange.undo()
         for live, _ in self._copies:
             if live.backup is not None:
-                live.data.copy_(live.backup)
-        changed = [live.entry.name for live in self._parameters if live.swapped and live.written()]
-        if changed:
-            self._engine.rows[
-                self._row
-            ].damage = f"{changed[0]!r} was changed inside applied(), in memory that it shared"
+                kernels.write_(live.data, live.backup)
+        self.changed += [p.entry.name for p in self._parameters if p.written() or p.moved]
         self._engine.end_loan()
+        # A traceback that somebody keeps holds these, and with them views of the averages.
+        self._exchange.forget()
+        self._parameters, self._buffers, self._copies = [], [], []
+        self._loan = Loan(self._row, [], {}, self._memory)
 
-    def changed(self) -> list[str]:
-        """Names of parameters that somebody else wrote, replaced or moved inside the block."""
-        return [live.entry.name for live in self._parameters if live.written() or live.moved]
-
-    def blame(self, changed: list[str]) -> str:
+    def blame(self) -> str:
         """What happened inside the block, and what it means now."""
         damaged = bool(self._engine.rows[self._row].damage)
         return (
-            f"parameters must not change inside applied(), got {len(changed)} changed: "
-            f"{changed[:3]}. The trained weights are back as they were; "
+            f"parameters must not change inside applied(), got {len(self.changed)} changed: "
+            f"{self.changed[:3]}. The trained weights are back as they were; "
             + (
                 "the average is lost: call load_state_dict with a saved state, or reset()."
                 if damaged
@@ -158,12 +184,19 @@ class _Live:
         self.data = self.tensor.data
         self.version = version_of(self.tensor)
         self.backup: Tensor | None = None
-        self.swapped = False
+        self.swapped = False  # it holds the average's values in exchange for its own
+        self.lent: int | None = None  # fingerprint of what was lent, once all of it was
         self.moved = False
+        self._written = False
 
     def written(self) -> bool:
-        """Whether the tensor was written in place since the block began."""
-        return version_of(self.tensor) != self.version
+        """Whether the tensor was written in place since the block began; asked before the end."""
+        if version_of(self.tensor) != self.version:
+            self._written = True
+        if self.lent is not None:
+            self._written = self._written or kernels.fingerprint(self.data) != self.lent
+            self.lent = None  # asked once: after the way back the bits are others
+        return self._written
 
     def point_back(self) -> None:
         """Undo a replaced object, and a cast or move in place."""

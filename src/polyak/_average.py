@@ -1,7 +1,7 @@
 """Average, Averages and what they share: methods that make one call each into the rooms below."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, final
 
@@ -18,7 +18,6 @@ from ._report import UNSEEN, Report, report, unreached_caps
 from ._roles import (
     RoleOverride,
     Selector,
-    check_complete,
     take_inventory,
 )
 from ._schedules import Power, Schedule
@@ -43,7 +42,8 @@ class Uses:
     def __init__(self, source: Source, engine: Engine, row: int) -> None:
         self._source, self._engine, self._row = source, engine, row
 
-    def applied(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def applied(self) -> Iterator[None]:
         """Lend the averaged weights to the live model for the length of a `with` block.
 
         Values change in place, storages stay, so optimizers, hooks, compiled code and CUDA graphs
@@ -61,8 +61,9 @@ class Uses:
             >>> with average.applied():
             ...     y = model(torch.ones(1, 2))
         """
-        self._ready("applied")
-        return applied(self._engine, self._row)
+        self._ready("applied", depth=3)  # contextlib stands between
+        with applied(self._engine, self._row):
+            yield
 
     def weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Fresh copies of the full set, ready for `load_state_dict(strict=True)`.
@@ -152,13 +153,13 @@ class Uses:
     def _refresh(self) -> None:
         """Bring the stored average up to date where it is computed on demand."""
 
-    def _ready(self, action: str) -> None:
+    def _ready(self, action: str, *, depth: int = 2) -> None:
         """Check what every use relies on, and warn of an average that was never updated."""
         self._refresh()
-        if isinstance(self._source, nn.Module):
-            check_complete(self._engine.inventory, self._source)
+        self._engine.inventory.look_again()
+        self._engine.check_live()
         if self._engine.live_changed_unseen():
-            self._engine.warn_once("unseen", f"{action}: {UNSEEN}.", depth=2)
+            self._engine.warn_once("unseen", f"{action}: {UNSEEN}.", depth=depth)
 
 
 @final

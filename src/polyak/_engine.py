@@ -1,6 +1,7 @@
 """The one thing with state: live tensors, the averages of them, a clock, and schedules."""
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,6 @@ from ._schedules import Schedule, constant_decay
 
 Place = tuple[int, torch.Size, tuple[int, ...]]
 NonFinite = Literal["skip", "raise", "ignore"]
-
-STALLED = (
-    "the average no longer moves: 1 - decay is below the rounding of its storage dtype; "
-    "store it in a wider one, dtype=…"
-)
 
 # Memory that some average has lent its weights to at this moment: nobody may average it, or lend
 # it a second time, until it is given back. Process-wide, since averages of one model are many.
@@ -61,7 +57,7 @@ class Row:
     memory: Memory
     norms: dict[str, Tensor]  # recomputed statistics, valid until the next update
     damage: str = ""  # why it must not be used
-    stalled: bool = False  # rounding has swallowed whole updates
+    stalled: str = ""  # what to say when rounding has swallowed whole updates
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,7 @@ class Engine:
         self.steps = 0  # optimizer steps seen by a follower since the last update
         self._warned: set[str] = set()
         for row in self.rows:
-            row.memory, row.norms, row.damage, row.stalled = Memory(), {}, "", False
+            row.memory, row.norms, row.damage, row.stalled = Memory(), {}, "", ""
 
     def next_time(self, now: float | None) -> tuple[float, float]:
         """The time of an update at `now` (None: one more), and the time since the last one."""
@@ -233,6 +229,22 @@ class Engine:
             return self.loan.tensors
         return self.rows[row].tensors
 
+    def check_live(self) -> None:
+        """Raise `MatchError` where a live tensor no longer fits its average."""
+        for entry, average in zip(self.entries, self.rows[0].tensors, strict=True):
+            live = entry.live()
+            if live.shape != average.shape:
+                raise MatchError(
+                    f"{entry.name!r} must keep its shape {list(average.shape)}, got "
+                    f"{list(live.shape)}. Build a new average after layers are resized."
+                )
+            kept = live.is_complex() if average.is_complex() else live.is_floating_point()
+            if not kept:
+                raise MatchError(
+                    f"{entry.name!r} must stay {'complex' if average.is_complex() else 'floating'}"
+                    f", got {live.dtype}. Build a new average after layers are converted."
+                )
+
     def check_not_lent(self, action: str) -> None:
         """Raise `OrderError` while the live weights are lent, to this average or to another."""
         if self.loan is not None or (_lent_memory and _lent_memory & self.live_memory()):
@@ -296,7 +308,7 @@ class Engine:
         with torch.inference_mode(False):
             dtype = kernels.storage_dtype(live.dtype, self._dtype)
             return torch.empty_like(
-                live.detach(),
+                plain(live),
                 dtype=dtype,
                 device=self._device or live.device,
                 memory_format=torch.preserve_format,
@@ -326,17 +338,11 @@ class Engine:
         A cast or move in place swaps the memory behind the same parameter: that is followed. While
         our views keep the old memory alive, new memory has a new address, so addresses are enough.
         """
+        self.inventory.follow_modules()
         live = [entry.live() for entry in self.entries]
         if self._cached is not None and [place_of(t) for t in live] == self._cached[0]:
             return
-        for entry, tensor, average in zip(self.entries, live, self.rows[0].tensors, strict=True):
-            if tensor.shape != average.shape or tensor.is_complex() != average.is_complex():
-                raise MatchError(
-                    f"{entry.name!r} must keep its shape {list(average.shape)} and kind, got "
-                    f"{list(tensor.shape)} {tensor.dtype}. Build a new average, or reset the layer."
-                )
-            if not (tensor.is_floating_point() or tensor.is_complex()):
-                raise MatchError(f"{entry.name!r} must stay floating point, got {tensor.dtype}.")
+        self.check_live()
         self.drop_plans()
         if self._device is None:
             for row in self.rows:
@@ -349,7 +355,7 @@ class Engine:
         """Slots grouped by device and storage dtype, with the views that the kernels work on."""
         if rows is self.rows and self._cached is not None:
             return self._cached[1]
-        live = [entry.live().detach() for entry in self.entries]
+        live = [plain(entry.live()) for entry in self.entries]
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for slot, tensor in enumerate(rows[0].tensors):
             groups.setdefault((tensor.device, tensor.dtype), []).append(slot)
@@ -387,11 +393,14 @@ class Engine:
 
     def _warn_if_stalled(self, index: int, decay: float) -> None:
         row = self.rows[index]
-        row.stalled = row.stalled or (
-            decay < 1.0 and any(1.0 - decay < unit_roundoff(t.dtype) for t in row.tensors)
-        )
-        if row.stalled:
-            self.warn_once(f"stall {index}", f"{STALLED}.", depth=3)
+        for tensor in row.tensors:
+            if decay < 1.0 and 1.0 - decay < unit_roundoff(tensor.dtype):
+                row.stalled = (
+                    "the average no longer moves: 1 - decay is below the rounding of "
+                    f"{tensor.dtype}; store it in a wider dtype"
+                )
+                self.warn_once(f"stall {index}", f"{row.stalled}.", depth=3)
+                return
 
 
 # ── checks and small facts ───────────────────────────────────────────────────────────────────────
@@ -408,6 +417,11 @@ def check_time(now: float) -> float:
 def show_time(now: float) -> str:
     """A time as people write it: 1200, not 1200.0."""
     return str(int(now)) if float(now).is_integer() else repr(float(now))
+
+
+def is_count(value: object) -> bool:
+    """Whether `value` is a whole number of things, at least one; True is not a number."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_decay(decay: float, schedule: Schedule) -> float:
@@ -431,6 +445,11 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2.0
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """The same memory without gradient, and without a subclass that only tags it."""
+    return tensor.detach().as_subclass(Tensor)
+
+
 def place_of(tensor: Tensor) -> Place:
     """Where the elements lie: the address, and how to walk from there."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
@@ -448,4 +467,5 @@ def count_holders(tensor: Tensor) -> int:
     the count (it is not documented) we answer -1, and everyone is taken to be looking.
     """
     count = getattr(torch._C, "_storage_Use_Count", None)
-    return -1 if count is None else int(count(tensor.untyped_storage()._cdata))
+    storage = tensor.untyped_storage()  # one object for all who ask, so its holders count too
+    return -1 if count is None else int(count(storage._cdata)) + sys.getrefcount(storage)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ._engine import Engine
+from ._engine import Engine, is_count
 from ._errors import ArgumentError
 
 
@@ -35,7 +35,7 @@ class Follower:
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
                 "For anything else call update() after each step."
             )
-        if not (isinstance(every, int) and every >= 1):
+        if not is_count(every):
             raise ArgumentError(
                 f"every must be a whole number of steps, at least 1, got {every!r}."
             )

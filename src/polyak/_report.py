@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._engine import STALLED, Engine, show_time
+from ._engine import Engine, show_time
 from ._schedules import CountRamp
 
 
@@ -105,8 +105,8 @@ def notes(engine: Engine, row: int) -> list[str]:
         found.append(f"the average is lost: {damage}; call load_state_dict or reset")
     if engine.live_changed_unseen():
         found.append(UNSEEN)
-    if engine.rows[row].stalled:
-        found.append(STALLED)
+    if stalled := engine.rows[row].stalled:
+        found.append(stalled)
     if engine.steps and not engine.updates:
         found.append(f"the follower saw {engine.steps:,} optimizer steps but no update came yet")
     found += unreached_caps(engine, row)

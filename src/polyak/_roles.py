@@ -37,9 +37,12 @@ _WRAPPERS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Entry:
-    """One live tensor: its canonical name, where it is looked up, its role and the reason."""
+    """One live tensor: its canonical name, where it is looked up, its role and the reason.
+
+    Only `owner` and `key` ever change, when the module around a parameter is exchanged.
+    """
 
     name: str
     owner: MutableMapping[str, Any]
@@ -55,36 +58,69 @@ class Entry:
         """The live tensor as it is now; `MatchError` when it is gone or was replaced."""
         tensor = self.owner.get(self.key)
         if not isinstance(tensor, Tensor):
-            raise MatchError(
-                f"{self.name!r} must still be in the model, got {tensor!r}. "
-                "Build the average after the model has its final layers."
-            )
+            raise MatchError(_replaced(self.name, "no such tensor"))
         if self.pinned is not None and tensor is not self.pinned:
-            raise MatchError(
-                f"{self.name!r} must be the parameter object it was when the average was built, "
-                f"got a new one of shape {list(tensor.shape)}. Build the average after layers and "
-                "parameters are replaced (an optimizer built before would miss the new one too)."
-            )
+            raise MatchError(_replaced(self.name, "another parameter object"))
         return tensor
 
 
-@dataclass(frozen=True)
+_Link = tuple[MutableMapping[str, Any], str, nn.Module]  # the modules of a parent, name, child
+
+
+@dataclass(eq=False)
 class Inventory:
     """Every tensor of a model's full state, in the order of its state dict."""
 
     entries: tuple[Entry, ...]
     order: tuple[tuple[str, int], ...]  # (name, index of its entry), ties more than once
+    model: nn.Module | None = None
     extras: tuple[tuple[str, nn.Module], ...] = ()  # (name, module) of `get_extra_state`
+    links: list[_Link] = field(default_factory=list)
     index: Mapping[str, int] = field(init=False)  # every name, aliases too -> entry
 
     def __post_init__(self) -> None:
         """Index the entries by each of their names."""
-        index = {name: i for i, e in enumerate(self.entries) for name in (e.name, *e.aliases)}
-        object.__setattr__(self, "index", index)
+        self.index = {name: i for i, e in enumerate(self.entries) for name in (e.name, *e.aliases)}
 
     def averaged(self) -> list[Entry]:
         """The entries whose role is "average"."""
         return [entry for entry in self.entries if entry.role == "average"]
+
+    def follow_modules(self) -> None:
+        """Look again where a module was exchanged since the last look; one test a module.
+
+        A wrapper put around a layer, or batch norms converted, keep the parameters and their
+        names: that is followed. Other parameters under a name are a `MatchError`.
+        """
+        if not all(modules.get(key) is child for modules, key, child in self.links):
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Find every tensor by its name; `MatchError` for one that is gone, replaced or new."""
+        if self.model is None:
+            return
+        found, _ = _of_module(self.model)
+        places = {raw.name: raw for raw in found}
+        for entry in self.entries:
+            raw = places.get(entry.name)
+            if raw is None or (entry.pinned is not None and raw.tensor is not entry.pinned):
+                what = "no such tensor" if raw is None else "another parameter object"
+                raise MatchError(_replaced(entry.name, what))
+            entry.owner, entry.key = raw.owner, raw.key
+        new = [raw.name for raw in found if raw.persistent and raw.name not in self.index]
+        if new:
+            raise MatchError(
+                "the model must hold the tensors it had when the average was built, got "
+                f"{len(new)} more: {new[:3]}. Build the average after the model has all its layers."
+            )
+        self.links = _links(self.model)
+
+
+def _replaced(name: str, found: str) -> str:
+    return (
+        f"{name!r} must be the tensor it was when the average was built, got {found}. Build the "
+        "average after layers are replaced (an optimizer built before would miss them too)."
+    )
 
 
 def inner_name(module: nn.Module) -> str | None:
@@ -148,7 +184,9 @@ def take_inventory(
     entries = [assign(raws) for raws in tied.values()]
     position = {raw.name: i for i, raws in enumerate(tied.values()) for raw in raws}
     order = [(raw.name, position[raw.name]) for raw in found if raw.persistent]
-    return Inventory(tuple(entries), tuple(order), tuple(extras))
+    model = source if isinstance(source, nn.Module) else None
+    links = [] if model is None else _links(model)
+    return Inventory(tuple(entries), tuple(order), model, tuple(extras), links)
 
 
 def check_some_averaged(inventory: Inventory) -> None:
@@ -161,17 +199,6 @@ def check_some_averaged(inventory: Inventory) -> None:
         raise ArgumentError(
             f"the model must have something to average, got {len(entries)} tensors that all stay "
             f"live ({reasons}). Unfreeze what is trained, or name tensors with roles=."
-        )
-
-
-def check_complete(inventory: Inventory, model: nn.Module) -> None:
-    """Raise `MatchError` when the model has gained tensors since the inventory was taken."""
-    found, _ = _of_module(model)
-    new = [raw.name for raw in found if raw.persistent and raw.name not in inventory.index]
-    if new:
-        raise MatchError(
-            f"the model must hold the tensors it had when the average was built, got {len(new)} "
-            f"more: {new[:3]}. Build the average after the model has all its layers."
         )
 
 
@@ -209,16 +236,43 @@ def _of_module(model: nn.Module) -> tuple[list[_Raw], list[tuple[str, nn.Module]
     return found, extras
 
 
+def _links(model: nn.Module) -> list[_Link]:
+    return [
+        (cast(MutableMapping[str, Any], module._modules), key, child)
+        for _, module in walk(model)
+        for key, child in module._modules.items()
+        if child is not None
+    ]
+
+
 def _of_tensors(source: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[_Raw]:
     # A mutable mapping is kept, not copied: what its owner puts there later is what we average.
-    owner = source if isinstance(source, MutableMapping) else dict(source)
-    for name, tensor in owner.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ArgumentError(
-                "the first argument must be a module or tensors by name, "
-                f"got {type(tensor).__name__} under {name!r}."
-            )
+    pairs = _pairs(source)
+    owner = source if isinstance(source, MutableMapping) else dict(pairs)
+    if len(owner) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ArgumentError(f"named tensors must have names of their own, got {twice[:3]} twice.")
     return [_Raw(name, tensor, owner, name, "tensor") for name, tensor in owner.items()]
+
+
+def _pairs(source: object) -> list[tuple[str, Tensor]]:
+    """Names and tensors of a mapping, or of an iterable of pairs; anything else is refused."""
+    found: list[Any] = []
+    if isinstance(source, Mapping):
+        found = list(source.items())
+    elif isinstance(source, Iterable) and not isinstance(source, Tensor):
+        found = list(source)
+    elif source is not None:
+        found = [source]
+    for pair in found:
+        named = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+        if not (named and isinstance(pair[1], Tensor)):
+            raise ArgumentError(
+                "the first argument must be a module or tensors by name, got "
+                f"{pair!r:.60} in {type(source).__name__}. Pass model or model.named_parameters()."
+            )
+    return found
 
 
 def _unit_norm_buffers(module: nn.Module) -> set[str]:
@@ -238,9 +292,9 @@ def _unit_norm_buffers(module: nn.Module) -> set[str]:
 def _identity(raw: _Raw) -> object:
     """What two names must share to be one tensor: the object, or the very same memory."""
     tensor = raw.tensor
-    if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
+    if nn.parameter.is_lazy(tensor) or _may_hold_anything(tensor):
         return id(tensor)
-    if tensor.device.type == "meta":
+    if tensor.layout != torch.strided or tensor.data_ptr() == 0:  # empty, or on no real device
         return id(tensor)
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
 
@@ -322,8 +376,7 @@ def _check_can_be_averaged(raw: _Raw) -> None:
         raise ArgumentError(
             f"roles must keep {raw.name!r} live, got 'average' for {_dtype_name(tensor)} values."
         )
-    # A subclass that only tags ordinary memory is fine; one that dispatches may hold anything.
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if _may_hold_anything(tensor):
         raise ArgumentError(
             f"{raw.name!r} must be an ordinary tensor, got the subclass {type(tensor).__name__}. "
             f"Leave it live with exclude={raw.name!r}."
@@ -333,6 +386,11 @@ def _check_can_be_averaged(raw: _Raw) -> None:
             f"{raw.name!r} must be a dense tensor, got layout {tensor.layout}. "
             f"Leave it live with exclude={raw.name!r}."
         )
+
+
+def _may_hold_anything(tensor: Tensor) -> bool:
+    """A subclass that only tags ordinary memory is fine; one that dispatches may hold anything."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _selector(

@@ -71,7 +71,10 @@ def save(
     if ties == "copy":
         kept |= {name: tensors[name].clone() for name in dropped}
         dropped = {}
-    write_tensors(Path(path), kept, {"polyak": json.dumps(about), **dropped})
+    # Other readers look for {dropped name: kept name} beside our entry, which comes last: a weight
+    # may be called "polyak".
+    about["ties"] = dropped
+    write_tensors(Path(path), kept, {**dropped, "polyak": json.dumps(about)})
 
 
 def load_weights(path: str | PathLike[str], model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -91,12 +94,21 @@ def load_weights(path: str | PathLike[str], model: nn.Module | None = None) -> d
         MatchError: other names or shapes than the model's.
     """
     tensors, metadata = read_tensors(Path(path))
-    for name, kept in metadata.items():
+    for name, kept in {**metadata, **_own_ties(metadata)}.items():
         if name not in tensors and kept in tensors:
             tensors[name] = tensors[kept]
     if model is not None:
         load_into(model, tensors, str(path))
     return tensors
+
+
+def _own_ties(metadata: dict[str, str]) -> dict[str, str]:
+    """The ties that `save` noted; nothing where the file is from another writer."""
+    try:
+        ties = json.loads(metadata.get("polyak", "{}"))["ties"]
+        return {name: kept for name, kept in ties.items() if isinstance(kept, str)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _split_ties(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -79,9 +79,12 @@ def copy_to(engine: Engine, row: int, module: nn.Module, share: float) -> None:
         there = target.entries[target.index[entry.name]].live()
         source = _source(engine, entry, averages, norms)
         if entry.role == "average":
-            kernels.lerp_(there, source, share)
+            if kernels.overlaps_itself(there):
+                kernels.write_(there, there.clone().lerp_(source.to(there), share))
+            else:
+                kernels.lerp_(there, source, share)
         elif share == 1.0 and there is not source:
-            there.copy_(source)
+            kernels.write_(there, source)
 
 
 def _check_targets(ours: Inventory, theirs: Inventory) -> None:
@@ -117,10 +120,11 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> N
         )
     for name, index in target.order:
         live = target.entries[index].live()
-        if live.shape != tensors[name].shape:
+        value = tensors[name]
+        if live.shape != value.shape or live.is_complex() != value.is_complex():
             raise MatchError(
-                f"{name!r} must have shape {list(live.shape)} as in the model, got "
-                f"{list(tensors[name].shape)} in {origin}."
+                f"{name!r} must have shape {list(live.shape)} and kind {live.dtype} as in the "
+                f"model, got {list(value.shape)} {value.dtype} in {origin}."
             )
     for name, index in target.order:
-        target.entries[index].live().copy_(tensors[name])
+        kernels.write_(target.entries[index].live(), tensors[name])

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from . import _kernels as kernels
 from ._average import Source, Uses
-from ._engine import Engine, Memory, NonFinite, Row
+from ._engine import Engine, Memory, NonFinite, Row, is_count
 from ._errors import ArgumentError, MatchError
 from ._follow import Follower
 from ._roles import RoleOverride, Selector, take_inventory
@@ -67,7 +67,7 @@ class Window(Uses):
         roles: RoleOverride | None = None,
         nonfinite: NonFinite = "skip",
     ) -> None:
-        if not (isinstance(k, int) and k >= 1):
+        if not is_count(k):
             raise ArgumentError(f"k must be a whole number of captures, at least 1, got {k!r}.")
         if not 0 < every < float("inf"):
             raise ArgumentError(f"every must be above 0, got {every!r}.")
@@ -149,7 +149,11 @@ class Window(Uses):
                 f"k={k} and every={every}. Build the window as it was saved."
             )
         ring, times = list(part(saved, "ring", list)), list(part(saved, "times", list))
-        ordered = all(isinstance(t, int | float) for t in times) and times == sorted(set(times))
+        clock = part(state, "clock", Mapping)
+        start, end = part(clock, "origin", int, float), part(clock, "now", int, float)
+        ordered = all(
+            isinstance(t, int | float) and start < t <= end for t in times
+        ) and times == sorted(set(times))
         if not (len(ring) == len(times) <= k and ordered):
             raise ArgumentError(
                 f"the state's window must hold at most {k} captures with one time each, rising, "

@@ -24,7 +24,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         )
     ready = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with written_whole(path) as temporary:
-        save_file(ready, str(temporary), metadata={"format": "pt", **metadata})
+        save_file(ready, str(temporary), metadata={**metadata, "format": "pt"})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

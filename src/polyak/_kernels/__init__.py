@@ -12,6 +12,9 @@ from ._elements import lerp_ as lerp_
 from ._elements import storage_dtype as storage_dtype
 from ._exchange import Exchange as Exchange
 from ._exchange import can_exchange as can_exchange
+from ._exchange import fingerprint as fingerprint
+from ._flat import overlaps_itself as overlaps_itself
+from ._flat import write_ as write_
 from ._foreach import ForeachPlan
 from ._mean import mean_ as mean_
 

@@ -52,13 +52,22 @@ def lerp_(average: Tensor, live: Tensor, weight: float) -> None:
         average.copy_(widened(average, average).lerp_(widened(live, average), weight))
 
 
+def _usable(average: Tensor, live: Tensor) -> Tensor:
+    """Where a live element is finite, and so is its value in storage dtype.
+
+    Both: casts to some float8 types turn infinity into their largest number.
+    """
+    stored = _comparable(live.to(average.dtype))
+    return torch.isfinite(live) & torch.isfinite(stored)
+
+
 def held_back(average: Tensor, live: Tensor) -> Tensor:
     """Where the guard holds a live element back: it is not finite in storage dtype.
 
     An infinity that the average holds too (an attention mask) is no incident. NaN always is.
     """
-    stored = _comparable(widened(live, average).to(average.dtype))
-    return ~torch.isfinite(stored) & (stored != _comparable(average))
+    live = widened(live, average)
+    return ~_usable(average, live) & (live != widened(average, average))
 
 
 def lerp_finite_(average: Tensor, live: Tensor, weight: float) -> Tensor:
@@ -74,7 +83,7 @@ def lerp_finite_(average: Tensor, live: Tensor, weight: float) -> Tensor:
     count = held_back(average, live).sum()
     if weight == 0.0:
         return count
-    usable = torch.isfinite(_comparable(live.to(average.dtype)))
+    usable = _usable(average, live)
     both = usable & torch.isfinite(old)
     base, new = (torch.where(both, t, torch.zeros_like(t)) for t in (old, live))
     mixed = base.clone()

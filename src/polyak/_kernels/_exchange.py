@@ -20,6 +20,20 @@ def can_exchange(live: Tensor, average: Tensor) -> bool:
     )
 
 
+@torch.no_grad()
+def fingerprint(tensor: Tensor) -> int:
+    """A sum over the bits of a dense tensor: one fast read that tells whether they changed.
+
+    Writes through `.data` pass by the version counter of a parameter; the bits show them.
+    """
+    (flat,) = flat_views([tensor]) or [tensor.reshape(-1)]
+    bits = flat.view(torch.uint8)
+    whole = bits.numel() // 8 * 8
+    if bits.storage_offset() % 8:  # cannot be read eight bytes at a time
+        return int(bits.sum(dtype=torch.int64))
+    return int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum(dtype=torch.int64))
+
+
 class Exchange:
     """Swap pairs of tensors; `undo` brings every bit back, from wherever the swap stopped.
 
@@ -37,20 +51,23 @@ class Exchange:
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self._pieces = _pieces(pairs)
-        self._scratch = _scratch(self._pieces)
+        pieces = _pieces(pairs)
+        self._live = [live for live, _ in pieces]
+        self._averages = [averages for _, averages in pieces]
+        self._scratch = _scratch(self._live)
         self._journal = (0, 0)  # pieces done, phase of the next one
+
+    # No names for the views in these frames: a traceback that is kept would keep them too.
 
     @torch.no_grad()
     def do(self) -> None:
         """Swap all pairs."""
-        for k, (live, average) in enumerate(self._pieces):
-            scratch = self._room(live)
-            torch._foreach_copy_(scratch, live)
+        for k in range(len(self._live)):
+            torch._foreach_copy_(self._room(k), self._live[k])
             self._journal = (k, 1)
-            torch._foreach_copy_(live, average)
+            torch._foreach_copy_(self._live[k], self._averages[k])
             self._journal = (k, 2)
-            torch._foreach_copy_(average, scratch)
+            torch._foreach_copy_(self._averages[k], self._room(k))
             self._journal = (k + 1, 0)
 
     @torch.no_grad()
@@ -59,20 +76,24 @@ class Exchange:
         while self._journal != (0, 0):
             k, phase = self._journal
             if phase == 0:  # the piece before is swapped: its live values sit in the average
-                live, average = self._pieces[k - 1]
-                torch._foreach_copy_(self._room(live), average)
+                torch._foreach_copy_(self._room(k - 1), self._averages[k - 1])
                 self._journal = (k - 1, 2)
             elif phase == 2:
-                live, average = self._pieces[k]
-                torch._foreach_copy_(average, live)
+                torch._foreach_copy_(self._averages[k], self._live[k])
                 self._journal = (k, 1)
             else:
-                live, _ = self._pieces[k]
-                torch._foreach_copy_(live, self._room(live))
+                torch._foreach_copy_(self._live[k], self._room(k))
                 self._journal = (k, 0)
 
-    def _room(self, live: Sequence[Tensor]) -> list[Tensor]:
-        """Views into the scratch, one for each tensor of a piece."""
+    def forget(self) -> None:
+        """Let go of all views, once everything is back."""
+        self._live.clear()
+        self._averages.clear()
+        self._scratch.clear()
+
+    def _room(self, k: int) -> list[Tensor]:
+        """Views into the scratch, one for each tensor of piece k."""
+        live = self._live[k]
         scratch = self._scratch[live[0].dtype, live[0].device]
         return list(scratch[: sum(t.numel() for t in live)].split([t.numel() for t in live]))
 
@@ -101,9 +122,11 @@ def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Piece]:
     return pieces
 
 
-def _scratch(pieces: Sequence[_Piece]) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+def _scratch(
+    pieces: Sequence[Sequence[Tensor]],
+) -> dict[tuple[torch.dtype, torch.device], Tensor]:
     needed: dict[tuple[torch.dtype, torch.device], int] = {}
-    for live, _ in pieces:
+    for live in pieces:
         kind = (live[0].dtype, live[0].device)
         needed[kind] = max(needed.get(kind, 0), sum(t.numel() for t in live))
     return {

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,28 @@ def is_dense(tensor: Tensor) -> bool:
                 return False
             expected *= size
     return True
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether several elements share one memory cell (`expand`): it cannot be written in place."""
+    return any(st == 0 and n > 1 for st, n in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+@torch.no_grad()
+def write_(target: Tensor, value: Tensor) -> None:
+    """Give `target` the values of `value`, in place wherever its memory can hold them.
+
+    An expanded tensor is written once a cell; only values that differ where it has but one cell
+    give it memory of its own.
+    """
+    if not overlaps_itself(target):
+        target.copy_(value)
+        return
+    one_each = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in target.stride())
+    if torch.equal(value[one_each].expand_as(value), value):
+        target[one_each].copy_(value[one_each])
+    else:
+        target.data = value.to(target.device, target.dtype, copy=True)
 
 
 def flat_views(tensors: Sequence[Tensor]) -> list[Tensor] | None:

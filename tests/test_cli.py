@@ -1,0 +1,113 @@
+"""The command line: exit codes, one-line errors, and a study from one command."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from polyak import cli, study
+from polyak.cli import main
+from polyak.study import TASKS, Task
+
+
+def tiny() -> Task:
+    """The article's task, cut to two epochs."""
+    return replace(TASKS["regression"](), epochs=2, control=False)
+
+
+def test_an_unknown_task_gets_the_list_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line that says what is wrong, then the names that exist."""
+    assert main(["study", "nosuch"]) == 2
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert lines[0] == "polyak: task must be one of regression, digits, text, got 'nosuch'."
+    assert [line.split()[0] for line in lines[1:]] == ["regression", "digits", "text"]
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    "words", [["study", "--seeds", "0"], ["study", "--jobs", "x"], ["nosuch"], ["study", "--what"]]
+)
+def test_wrong_usage_is_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Arguments that cannot be meant."""
+    assert main(words) == 2
+    assert "Usage:" in capsys.readouterr().err
+
+
+def test_version_and_help_are_exit_code_0(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both answer and end."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("polyak")
+    assert main(["study", "--help"]) == 0
+    assert "Does averaging help here" in capsys.readouterr().out
+
+
+def test_a_study_from_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Progress on stderr, the verdict on stdout, the files in the folder, exit code 0."""
+    monkeypatch.setitem(study.TASKS, "regression", tiny)
+    out = tmp_path / "out"
+    words = ["study", "--seeds", "1", "--jobs", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["polyak", *words])
+    assert main(words) == 0
+    said = capsys.readouterr()
+    found = json.loads((out / "results.json").read_text())
+    assert found["command"] == "polyak " + " ".join(words)
+    assert found["verdict"]["title"] in said.out
+    assert "Every method" in said.out
+    assert str(out / "report.html") in "".join(said.out.split("\n"))
+    assert "seed 0, training, epoch 2 of at most 2" in said.err
+
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("polyak: out must be new or empty")
+    assert said.err.count("\n") == 1
+    assert main([*words, "--force", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert len(said.out.splitlines()) < 8
+
+
+def test_a_folder_of_somebody_else_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, one line, and no seed was trained for it."""
+
+    def trained(*_: object, **__: object) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(study, "run_study", trained)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["study", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "thesis.tex" in said
+    assert said.count("\n") == 1
+
+
+def test_ctrl_c_ends_with_one_line_and_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 130 and nothing written."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run_study", interrupted)
+    assert main(["study", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "polyak: stopped; nothing was written.\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_typer_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 and the exact line."""
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "typer" else name)
+    assert main(["study"]) == 1
+    said = capsys.readouterr().err
+    assert 'got no typer. Run: pip install "polyak[cli]"' in said
+    assert said.count("\n") == 1

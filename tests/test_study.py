@@ -1,0 +1,850 @@
+"""A study: its statistics, its rules, its sentences, and one small study from end to end."""
+
+import json
+import math
+import multiprocessing
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor, nn
+
+from polyak import After, ArgumentError, AveragingError, InverseGamma, Uniform
+from polyak.study import (
+    TASKS,
+    Averaged,
+    Data,
+    Metric,
+    RunError,
+    Study,
+    Tail,
+    Task,
+    Windowed,
+    _extra,
+    _folder,
+    check_folder,
+    ema,
+    mean_probabilities,
+    r2,
+    run_study,
+    usual_methods,
+)
+from polyak.study._curves import early_stop, overtakes, spread, spreads
+from polyak.study._findings import Findings, assemble
+from polyak.study._methods import ARTICLE, LIVE, article_ema, check_methods
+from polyak.study._statistics import detectable, gains, paired
+from polyak.study._train import Curve, Moment, Run, batches
+
+# ---------------------------------------------------------------- a small task, importable
+
+ROWS, FEATURES, BATCH = 96, 4, 16
+STEPS = 4  # an epoch: 64 training rows in batches of 16
+
+
+def small_data() -> Data:
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(ROWS, FEATURES, generator=generator)
+    targets = inputs @ torch.tensor([[1.0], [-2.0], [0.5], [0.0]])
+    targets += 0.3 * torch.randn(ROWS, 1, generator=generator)
+    return Data(
+        train=(inputs[:64], targets[:64]),
+        validation=(inputs[64:80], targets[64:80]),
+        test=(inputs[80:], targets[80:]),
+    )
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 1))
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def small_methods(steps: int) -> tuple[Averaged | Windowed | Tail, ...]:
+    return (
+        ema(0.8),
+        ema(0.9),
+        ema(0.9, debias=False),
+        Windowed("window", k=3, every=2),
+        Tail(),
+    )
+
+
+SMALL = Task(
+    name="small",
+    model=small_model,
+    data=small_data,
+    loss=nn.functional.mse_loss,
+    metrics={
+        "MSE": Metric(nn.functional.mse_loss),
+        "R2": Metric(r2, better="higher", compare="absolute", small=0.0),
+    },
+    optimizer=sgd,
+    epochs=8,
+    batch=BATCH,
+    methods=small_methods,
+    control=True,
+    title="<b>a small task</b>",
+)
+
+
+def broken_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    raise ValueError("boom: the targets are upside down")
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12, unique=True))
+def test_interval_is_the_one_that_scipy_computes(differences: list[float]) -> None:
+    """The mean and its 95 % interval equal those of scipy's one-sample t test."""
+    found = paired(differences)
+    expected = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert found.mean == pytest.approx(np.mean(differences), abs=1e-9)
+    assert found.low == pytest.approx(expected.low, rel=1e-9, abs=1e-9)
+    assert found.high == pytest.approx(expected.high, rel=1e-9, abs=1e-9)
+
+
+def test_sign_test_counts_coins() -> None:
+    """Five of five heads have the chance 2 / 2^5; ties are no coins."""
+    assert paired([1.0, 2.0, 3.0, 4.0, 5.0]).sign_p == pytest.approx(2 / 2**5)
+    assert paired([1.0, 2.0, 0.0, 3.0]).sign_p == pytest.approx(2 / 2**3)
+    assert paired([0.0, 0.0]).sign_p == 1.0
+
+
+def test_one_seed_has_no_interval_and_shows_nothing() -> None:
+    """With one difference the interval is NaN and the finding uncertain."""
+    found = paired([5.0])
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    assert found.finding == "uncertain"
+    assert not found.within(100.0)
+
+
+def test_seeds_without_a_figure_are_left_out_and_counted() -> None:
+    """A diverged seed takes no part in the mean, and is not forgotten."""
+    found = paired([1.0, math.nan, 3.0, math.inf])
+    assert (found.seeds, found.left_out, found.mean) == (2, 2, 2.0)
+    assert paired([math.nan]).finding == "uncertain"
+
+
+@pytest.mark.parametrize(
+    ("differences", "finding"),
+    [([1.0, 1.1, 0.9], "better"), ([-1.0, -1.1, -0.9], "worse"), ([1.0, -1.0], "uncertain")],
+)
+def test_finding_is_where_the_interval_lies(differences: list[float], finding: str) -> None:
+    """Above 0, below 0, or around it."""
+    assert paired(differences).finding == finding
+
+
+def test_gain_is_above_zero_where_it_is_for_the_better() -> None:
+    """A loss 20 % lower is +0.2; an accuracy 0.1 higher is +0.1; a loss of 0 has no percentage."""
+    assert gains([0.5], [0.4], better="lower", compare="relative") == pytest.approx([0.2])
+    assert gains([0.5], [0.6], better="higher", compare="absolute") == pytest.approx([0.1])
+    assert gains([-2.0], [-1.0], better="higher", compare="relative") == pytest.approx([0.5])
+    assert math.isnan(gains([0.0], [1.0], better="lower", compare="relative")[0])
+    with pytest.raises(ArgumentError, match=r"one entry a seed \(2\), got 1"):
+        gains([1.0, 2.0], [1.0], better="lower", compare="absolute")
+
+
+def test_few_seeds_show_only_large_effects() -> None:
+    """t(0.975, 2) = 4.3027 and t(0.975, 9) = 2.2622 (any printed table) over sqrt(n)."""
+    assert detectable(3) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert detectable(10) == pytest.approx(2.2622 / math.sqrt(10), rel=1e-4)
+    assert detectable(1) == math.inf
+
+
+# ---------------------------------------------------------------- rules on curves
+
+
+@given(
+    st.lists(st.sampled_from([1.0, 2.0, 3.0, math.nan]), min_size=1, max_size=12),
+    st.integers(1, 4),
+)
+def test_early_stop_obeys_its_definition(curve: list[float], patience: int) -> None:
+    """It stops at the first epoch whose last `patience` values are none below all before them."""
+    stop = next(
+        (
+            epoch
+            for epoch in range(patience, len(curve) + 1)
+            if not any(
+                curve[e] < min((v for v in curve[:e] if v == v), default=math.inf)
+                for e in range(epoch - patience, epoch)
+            )
+        ),
+        len(curve),
+    )
+    seen = [value if value == value else math.inf for value in curve[:stop]]
+    best = seen.index(min(seen)) + 1 if min(seen) < math.inf else None
+    found = early_stop(curve, patience=patience)
+    assert (found.stop, found.best) == (stop, best)
+
+
+def test_without_patience_the_whole_curve_counts() -> None:
+    """The best of all, and it ran out."""
+    found = early_stop([3.0, 2.0, 9.0, 9.0, 9.0, 1.0], patience=None)
+    assert (found.best, found.stop, found.ran_out) == (6, 6, True)
+
+
+def test_one_lucky_epoch_does_not_overtake() -> None:
+    """The average must stay ahead as long as asked; the epoch is that of its first lead."""
+    live = [5.0] * 10
+    average = [6.0, 4.0, 6.0, 4.0, 4.0, 4.0, 4.0, 4.0, 6.0, 4.0]
+    assert overtakes(average, live) == 4
+    assert overtakes(average, live, hold=6) is None
+    assert overtakes(average[2:], live, hold=5, first=3) == 4
+    assert overtakes([5.0] * 10, live) is None  # equal is not ahead
+
+
+def test_a_straight_fall_is_not_restless() -> None:
+    """A line has a spread, and none once its trend is out; noise keeps its own."""
+    line = [10.0 - 0.5 * epoch for epoch in range(40)]
+    assert spread(line) > 5.0
+    assert spread(line, detrend=True) == pytest.approx(0.0, abs=1e-12)
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(40)
+    design = np.stack([np.ones(40), np.arange(40)], axis=1)
+    residual = noise - design @ np.linalg.lstsq(design, noise, rcond=None)[0]
+    expected = math.sqrt(float(residual @ residual) / 38)
+    assert spread(noise + line, detrend=True) == pytest.approx(expected, rel=1e-9)
+
+
+def test_spread_is_the_one_that_numpy_computes() -> None:
+    """Plainly it is the population standard deviation, the article's figure."""
+    curve = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0]
+    assert spread(curve) == pytest.approx(np.std(curve))
+    assert math.isnan(spread([1.0]))
+    assert math.isnan(spread([1.0, 2.0], detrend=True))
+    assert math.isnan(spread([1.0, math.nan, 2.0]))
+
+
+def test_thirds_are_thirds_of_the_run() -> None:
+    """Each third sees its own epochs, also on a curve that begins late."""
+    curve = [0.0] * 10 + [0.0, 1.0] * 5 + [0.0, 3.0] * 5
+    whole = spreads(curve)
+    assert whole.early == pytest.approx(0.0, abs=1e-12)
+    assert whole.middle == pytest.approx(spread([0.0, 1.0] * 5, detrend=True))
+    assert whole.late == pytest.approx(spread([0.0, 3.0] * 5, detrend=True))
+    assert whole.settled == pytest.approx(np.std(curve[10:]))
+    tail = spreads(curve[20:], first=21)
+    assert tail.late == pytest.approx(whole.late)
+    assert math.isnan(tail.middle)
+    assert tail.noise == tail.late
+    assert whole.noise == pytest.approx(math.hypot(whole.middle, whole.late) / math.sqrt(2))
+
+
+# ---------------------------------------------------------------- methods
+
+
+def test_the_article_s_average_follows_its_published_law() -> None:
+    """Copies at the first 101 calls; then decay 1 - (1 + e)^(-2/3), e = calls - 101, up to 0.999."""
+    schedule = article_ema().schedule
+    for call in (1, 50, 100, 101):
+        assert schedule(now=call, elapsed=1) == 0.0
+    for call in (102, 103, 500, 5_000):
+        expected = 1.0 - (1.0 + (call - 101)) ** (-2.0 / 3.0)
+        assert schedule(now=call, elapsed=1) == pytest.approx(expected, rel=1e-12)
+    assert schedule(now=100_000, elapsed=1) == 0.999
+    assert schedule == After(100, InverseGamma(power=2 / 3, max_decay=0.999))
+
+
+def test_a_tail_of_known_length_is_a_schedule() -> None:
+    """The last quarter of 80 steps; the last moment counts however short the run."""
+    assert Tail().within(80) == Averaged("SWA from 75 %", After(60, Uniform()), shown_from=61)
+    assert Tail().within(1).schedule == After(0, Uniform())
+    with pytest.raises(ArgumentError, match="start must be a share"):
+        Tail(start=1.0)
+
+
+def test_methods_have_names_of_their_own() -> None:
+    """Two of one name, a reserved name, and none are refused."""
+    with pytest.raises(ArgumentError, match=r"\['EMA 0.9'\] twice"):
+        check_methods([ema(0.9), ema(0.9)])
+    with pytest.raises(ArgumentError, match="reserved"):
+        check_methods([Averaged("live", Uniform())])
+    with pytest.raises(ArgumentError, match="got none"):
+        check_methods([])
+    check_methods(usual_methods(steps=1_000))
+    with pytest.raises(ArgumentError, match="steps must be 20 or more"):
+        usual_methods(steps=19)
+
+
+def test_joined_probabilities_are_the_mean_of_the_models() -> None:
+    """Two models, 0.9 and 0.5 for the first class: 0.7."""
+    logits = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]]).log()
+    joined = mean_probabilities(logits).softmax(dim=-1)
+    assert torch.allclose(joined, torch.tensor([[0.7, 0.3]]))
+
+
+# ---------------------------------------------------------------- the verdict, on made results
+
+
+def made(
+    live: Sequence[Sequence[float]],
+    average: Sequence[Sequence[float]],
+    *,
+    rival: Sequence[Sequence[float]] | None = None,
+    control: tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]] | None = None,
+    small: float = 0.05,
+    patience: int | None = None,
+) -> Findings:
+    """A study with these validation curves, a curve a seed, as if it had been trained."""
+    seeds = tuple(range(len(live)))
+    name = "EMA 0.9"
+    task = replace(
+        SMALL,
+        metrics={"MSE": Metric(nn.functional.mse_loss, small=small)},
+        epochs=max(map(len, live)),
+        patience=patience,
+        methods=lambda steps: (ema(0.9),),
+    )
+    whole = small_data()
+    data = Data(train=whole.train, validation=whole.validation)
+    kinds: list[tuple[str, Sequence[Sequence[float]], Sequence[Sequence[float]]]] = [
+        ("ordinary", live, average),
+        ("decayed", rival or live, rival or live),
+    ]
+    if control is not None:
+        kinds.append(("control", *control))
+    outputs = {rule: {"validation": data.validation[1]} for rule in ("stop", "best")}
+    runs = [
+        Run(
+            kind=kind,
+            seed=seed,
+            steps_per_epoch=STEPS,
+            stop=len(lives[seed]),
+            train_loss=[1.0] * len(lives[seed]),
+            rates=[0.1] * len(lives[seed]),
+            curves={
+                LIVE: Curve(1, {"MSE": list(lives[seed])}),
+                name: Curve(1, {"MSE": list(averages[seed])}),
+            },
+            bytes=4,
+            seconds=0.0,
+            outputs=outputs,
+        )
+        for seed in seeds
+        for kind, lives, averages in kinds
+    ]
+    return assemble(task, data, (ema(0.9),), seeds, runs, seconds=0.0, jobs=1)
+
+
+def curve(end: float, noise: float, seed: int) -> list[float]:
+    """30 evaluations around `end`, the last exactly there."""
+    values = end + noise * np.random.default_rng(seed).standard_normal(30)
+    return [*values[:-1].tolist(), end]
+
+
+def test_verdict_says_yes_when_the_gain_is_real() -> None:
+    """Ten seeds, each about 20 % better and ten times calmer."""
+    live = [curve(1.0, 0.1, seed) for seed in range(10)]
+    average = [curve(0.8 + 0.01 * (seed % 3), 0.01, seed) for seed in range(10)]
+    verdict = made(live, average).verdict
+    assert (verdict.answer, verdict.calmer) == ("yes", "yes")
+    assert "the calmer curve is real (10 of 10 seeds, median 10.0 times" in verdict.headline
+    assert "the gain in MSE at the end is real (mean +19 %" in verdict.headline
+    assert "better in 10 of 10 seeds, by 18 % or more in each" in verdict.headline
+
+
+def test_verdict_says_no_when_the_average_is_worse() -> None:
+    """Ten seeds, each 20 % worse."""
+    live = [curve(1.0, 0.1, seed) for seed in range(10)]
+    average = [curve(1.2 + 0.01 * (seed % 3), 1.0, seed) for seed in range(10)]
+    verdict = made(live, average).verdict
+    assert (verdict.answer, verdict.calmer) == ("no", "no")
+    assert "MSE at the end gets worse (mean \N{MINUS SIGN}21 %" in verdict.headline
+    assert "the curve is more restless (0 of 10 seeds" in verdict.headline
+
+
+def test_verdict_says_calmer_but_uncertain() -> None:
+    """The article's case: the curve calmer in each seed, the gain now up and now down.
+
+    The ten changes are those that ten seeds of the article's experiment gave; their mean and
+    interval are scipy's.
+    """
+    changes = [0.39, 0.33, 0.22, 0.17, -0.002, -0.03, -0.05, -0.10, -0.18, -0.20]
+    live = [curve(1.0, 0.1, seed) for seed in range(10)]
+    average = [curve(1.0 - change, 0.04, seed) for seed, change in enumerate(changes)]
+    verdict = made(live, average).verdict
+    interval = stats.ttest_1samp(changes, 0.0).confidence_interval(0.95)
+    low, high = (f"{100 * end:+.0f}".replace("-", "\N{MINUS SIGN}") for end in interval)
+    assert (verdict.answer, verdict.calmer) == ("not shown", "yes")
+    assert "the calmer curve is real (10 of 10 seeds, median 2.5 times" in verdict.headline
+    assert (
+        f"the gain in MSE at the end is uncertain (mean +5.5 %, 95 % interval {low} to {high} %, "
+        "better in 4 of 10 seeds)" in verdict.headline
+    )
+    assert verdict.title == "A calmer curve: yes. A better MSE at the end: not shown."
+
+
+def test_verdict_calls_a_proved_small_change_little() -> None:
+    """1 % better in every seed is better, and less than the 5 % that the task asks for."""
+    live = [curve(1.0, 0.1, seed) for seed in range(6)]
+    average = [curve(0.99 + 0.001 * (seed % 3), 0.1, seed) for seed in range(6)]
+    verdict = made(live, average).verdict
+    assert (verdict.answer, verdict.calmer) == ("little", "little")
+    assert "MSE at the end changes little" in verdict.headline
+    assert "less than 5.0 % either way" in verdict.headline
+    assert made(live, average, small=0.0).verdict.answer == "yes"
+
+
+def test_verdict_admits_that_few_seeds_show_little() -> None:
+    """Three seeds get a warning with the t value; one seed gets no interval at all."""
+    live = [curve(1.0, 0.1, seed) for seed in range(3)]
+    average = [curve(0.9 - 0.01 * seed, 0.01, seed) for seed in range(3)]
+    assert "3 seeds are few: the interval reaches 2.5 standard" in str(made(live, average).verdict)
+    alone = made(live[:1], average[:1]).verdict
+    assert (alone.answer, alone.calmer) == ("not shown", "not shown")
+    assert "one seed: no interval" in alone.headline
+    assert "One seed shows nothing about the next one" in str(alone)
+
+
+def test_verdict_counts_seeds_that_diverged() -> None:
+    """A seed whose average is NaN at the end is named, not averaged."""
+    live = [curve(1.0, 0.1, seed) for seed in range(4)]
+    average = [curve(0.8 + 0.01 * seed, 0.01, seed) for seed in range(4)]
+    average[2] = [math.nan] * 30
+    findings = made(live, average)
+    assert "better in 3 of 3 seeds; 1 more diverged" in findings.verdict.headline
+    assert json.loads(json.dumps(Study(findings).results, allow_nan=False))["ordinary"]
+
+
+def test_verdict_says_that_the_control_changes_little() -> None:
+    """On the control the average is as calm as the live curve and 2 % off."""
+    live = [curve(1.0, 0.1, seed) for seed in range(5)]
+    average = [curve(0.8, 0.01, seed) for seed in range(5)]
+    quiet = [curve(0.5, 0.001, seed) for seed in range(5)]
+    lagging = [[1.02 * value + 1e-5 * seed for value in c] for seed, c in enumerate(quiet)]
+    said = made(live, average, control=(quiet, lagging)).verdict.sentences[-1]
+    assert said.startswith("Control without mini-batch noise (full batch, dropout off): MSE at the")
+    assert "changes little (mean \N{MINUS SIGN}2.0 %" in said
+    assert "the curve is as restless as before" in said
+
+
+def test_verdict_weighs_the_rival() -> None:
+    """A decayed learning rate that beats both is said to."""
+    live = [curve(1.0, 0.1, seed) for seed in range(5)]
+    average = [curve(0.8 + 0.01 * (seed % 2), 0.01, seed) for seed in range(5)]
+    rival = [curve(0.5 + 0.01 * (seed % 2), 0.01, seed) for seed in range(5)]
+    verdict = str(made(live, average, rival=rival).verdict)
+    assert "the gain in MSE against the live weights is real (mean +50 %" in verdict
+    assert "Against that rival EMA 0.9 is worse" in verdict
+
+
+def test_the_live_curve_is_early_stopped_like_the_average() -> None:
+    """Both get the patience: the live curve's later, lower value is out of its reach."""
+    live = [[3.0, 1.0, 2.0, 2.0, 2.0, 0.5]]
+    average = [[3.0, 2.0, 1.5, 1.2, 1.1, 1.0]]
+    row = made(live, average, patience=3).outcome.live
+    assert (row.best, row.stop) == ([2], [5])
+    assert row.values["best"]["validation"]["MSE"] == [1.0]
+    assert row.values["stop"]["validation"]["MSE"] == [0.5]
+
+
+# ---------------------------------------------------------------- training, against a plain loop
+
+
+def plain_loop(seed: int, *, epochs: int) -> list[dict[str, Tensor]]:
+    """Train the small task without polyak.study: the weights after every step."""
+    data = small_data()
+    torch.manual_seed(seed)
+    model = small_model()
+    optimizer = sgd(model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    seen = []
+    for _ in range(epochs):
+        for rows in torch.randperm(64, generator=generator).split(BATCH):
+            optimizer.zero_grad()
+            inputs, targets = data.train[0][rows], data.train[1][rows]
+            nn.functional.mse_loss(model(inputs), targets).backward()
+            optimizer.step()
+            seen.append({name: t.detach().clone() for name, t in model.state_dict().items()})
+    return seen
+
+
+def validation_mse(weights: dict[str, Tensor]) -> float:
+    model = small_model().eval()
+    model.load_state_dict(weights)
+    inputs, targets = small_data().validation
+    with torch.no_grad():
+        return float(nn.functional.mse_loss(model(inputs), targets))
+
+
+def mean_of(weights: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
+    """The slow weighted sum, in float64."""
+    return {
+        name: torch.stack(
+            [share * held[name].double() for share, held in zip(shares, weights, strict=True)]
+        )
+        .sum(0)
+        .float()
+        for name in weights[0]
+    }
+
+
+@pytest.fixture(scope="module")
+def small_study() -> Study:
+    return run_study(SMALL, seeds=2, jobs=1)
+
+
+def _run_of(study: Study, kind: str, seed: int) -> Run:
+    return next(r for r in study.findings.runs if (r.kind, r.seed) == (kind, seed))
+
+
+def test_following_averages_leaves_training_alone(small_study: Study) -> None:
+    """The live curve equals that of a loop that has never heard of averages, bit for bit."""
+    seen = plain_loop(1, epochs=8)
+    expected = [validation_mse(seen[STEPS * (epoch + 1) - 1]) for epoch in range(8)]
+    assert _run_of(small_study, "ordinary", 1).curves[LIVE].validation["MSE"] == expected
+
+
+@pytest.mark.parametrize("name", ["EMA 0.9", "EMA 0.9, plain", "SWA from 75 %", "window"])
+def test_averages_in_the_study_are_the_weighted_sums(small_study: Study, name: str) -> None:
+    """At the last epoch each average scores as the weighted sum of the plain loop's weights."""
+    seen = plain_loop(0, epochs=8)
+    torch.manual_seed(0)
+    start = {name: t.clone() for name, t in small_model().state_dict().items()}
+    steps = len(seen)
+    powers = [0.1 * 0.9 ** (steps - s) for s in range(1, steps + 1)]
+    if name == "EMA 0.9":
+        weights, shares = seen, [p / sum(powers) for p in powers]
+    elif name == "EMA 0.9, plain":
+        weights, shares = [start, *seen], [0.9**steps, *powers]
+    elif name == "SWA from 75 %":
+        weights, shares = seen[24:], [1 / 8] * 8
+    else:  # captures every 2 steps, the last three: 28, 30, 32
+        weights, shares = [seen[27], seen[29], seen[31]], [1 / 3] * 3
+    expected = validation_mse(mean_of(weights, shares))
+    found = _run_of(small_study, "ordinary", 0).curves[name].validation["MSE"][-1]
+    assert found == pytest.approx(expected, rel=1e-5)  # float32 averages against float64 sums
+
+
+def test_a_tail_under_early_stopping_begins_where_the_run_stopped() -> None:
+    """Its start is known afterwards: the mean of the weights at the ends of the last epochs."""
+    task = replace(SMALL, epochs=40, patience=3, control=False)
+    study = run_study(task, seeds=[3])
+    run = _run_of(study, "ordinary", 3)
+    seen = plain_loop(3, epochs=run.stop)
+    first = round(0.75 * run.stop) + 1
+    ends = [seen[STEPS * epoch - 1] for epoch in range(first, run.stop + 1)]
+    expected = validation_mse(mean_of(ends, [1 / len(ends)] * len(ends)))
+    tail = run.curves["SWA from 75 %"]
+    assert tail.first == first
+    assert tail.validation["MSE"][-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_run_goes_on_until_every_curve_has_stopped() -> None:
+    """No average is cut off by the stop of the live curve, and none is waited for in vain."""
+    task = replace(SMALL, epochs=60, patience=2, control=False)
+    run = _run_of(run_study(task, seeds=[0]), "ordinary", 0)
+    stops = {
+        name: early_stop(c.validation["MSE"], patience=2)
+        for name, c in run.curves.items()
+        if name != "SWA from 75 %"
+    }
+    assert run.stop == stops[LIVE].stop
+    assert len(run.train_loss) == max(stop.stop for stop in stops.values())
+
+
+def test_the_rival_spends_the_same_steps_on_a_decayed_rate(small_study: Study) -> None:
+    """As many epochs; the rate falls in a straight line; the first epoch sees the same batches."""
+    rival, run = (_run_of(small_study, kind, 0) for kind in ("decayed", "ordinary"))
+    steps = STEPS * run.stop
+    expected = [0.1 * (1 - (STEPS * epoch - 1) / steps) for epoch in range(1, run.stop + 1)]
+    assert rival.rates == pytest.approx(expected)
+    assert run.rates == [0.1] * run.stop
+
+
+def test_the_control_has_no_noise(small_study: Study) -> None:
+    """Full batch and no dropout: its first training losses follow from plain gradient descent."""
+    data = small_data()
+    torch.manual_seed(0)
+    model = small_model().eval()  # no dropout
+    optimizer = sgd(model.parameters())
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(data.train[0]), data.train[1])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    found = _run_of(small_study, "control", 0).train_loss[0]
+    assert found == pytest.approx(sum(losses) / STEPS, rel=1e-6)
+
+
+def test_warm_up_rises_in_a_line_and_then_leaves_the_rate_alone() -> None:
+    """6 steps of warm-up at 4 steps an epoch: 4/6 of the rate after one epoch, all after two."""
+    task = replace(SMALL, warmup=6, epochs=5)
+    run = _run_of(run_study(task, seeds=[0], control=False), "ordinary", 0)
+    assert run.rates == pytest.approx([0.1 * 4 / 6, 0.1, 0.1, 0.1, 0.1])
+
+
+def test_every_row_is_seen_once_a_pass() -> None:
+    """Ragged last batches included; all rows at once keep their order."""
+    pair = (torch.arange(10), torch.arange(10))
+    stream = batches(pair, size=4, seed=0)
+    seen = torch.cat([next(stream)[0] for _ in range(3)])
+    assert sorted(seen.tolist()) == list(range(10))
+    again = torch.cat([next(stream)[0] for _ in range(3)])
+    assert sorted(again.tolist()) == list(range(10))
+    assert again.tolist() != seen.tolist()
+    assert next(batches(pair, size=10, seed=0))[0] is pair[0]
+
+
+# ---------------------------------------------------------------- a study from end to end
+
+
+def test_a_study_from_end_to_end(tmp_path: Path, small_study: Study) -> None:
+    """Two processes, the same figures as one; a page that needs nothing else; strict JSON."""
+    moments: list[Moment] = []
+    study = run_study(SMALL, seeds=2, jobs=2, tell=moments.append)
+    for one, other in zip(study.findings.runs, small_study.findings.runs, strict=True):
+        assert (one.kind, one.seed) == (other.kind, other.seed)
+        assert one.curves == other.curves  # every figure of every curve, bit for bit
+        assert one.train_loss == other.train_loss
+    assert {(m.seed, m.kind) for m in moments} == {
+        (seed, kind) for seed in (0, 1) for kind in ("ordinary", "decayed", "control")
+    }
+    out = study.save(tmp_path / "out")
+    pictures = {"loss.png", "metric.png", "methods.png", "weights.png", "differences.png"}
+    assert {p.name for p in out.iterdir()} == pictures | {"report.html", "results.json"}
+    for name in pictures:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    _check_page((out / "report.html").read_text(encoding="utf-8"), study)
+    _check_results((out / "results.json").read_text(encoding="utf-8"), study)
+
+
+def _check_page(page: str, study: Study) -> None:
+    links = re.findall(r'(?:src|href|srcset)="([^"]*)"', page)
+    assert len(links) == 10  # five pictures, light and dark
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert "<script" not in page
+    assert "<b>a small task" not in page  # what a task says is text, not markup
+    assert "&lt;b&gt;a small task" in page
+    for table in study.tables:
+        assert f"<h2>{table.title}</h2>" in page
+        assert all(len(row) == len(table.columns) for row in table.rows)
+    assert study.verdict.title in page
+
+
+def _check_results(text: str, study: Study) -> None:
+    def refuse(constant: str) -> Any:
+        raise AssertionError(f"{constant} is not JSON")
+
+    found = json.loads(text, parse_constant=refuse)
+    assert found["format"] == "polyak study"
+    assert found["seeds"] == [0, 1]
+    assert found["verdict"]["answer"] == study.verdict.answer
+    assert found["versions"]["torch"] == torch.__version__
+    live = found["runs"][0]["curves"][LIVE]["validation"]["MSE"]
+    assert live == study.findings.runs[0].curves[LIVE].validation["MSE"]
+    gained = found["ordinary"]["methods"]["EMA 0.9"]["gains"]["stop"]["MSE"]
+    test = [run.curves for run in study.findings.runs if run.kind == "ordinary"]
+    changes = [1 - c["EMA 0.9"].test["MSE"][-1] / c[LIVE].test["MSE"][-1] for c in test]
+    assert gained["differences"] == pytest.approx(changes)
+
+
+def test_a_study_leaves_the_caller_s_random_state_and_threads_alone() -> None:
+    """A study inside somebody's script changes nothing of theirs."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    threads = torch.get_num_threads()
+    run_study(replace(SMALL, epochs=1, control=False), seeds=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_one_epoch_is_enough_for_a_page(tmp_path: Path) -> None:
+    """Curves of one point have no spread, no interval, and a report all the same."""
+    study = run_study(SMALL, seeds=1, epochs=1)
+    assert (study.save(tmp_path / "out") / "report.html").exists()
+    assert study.verdict.answer == "not shown"
+
+
+def test_the_ensemble_joins_the_live_models() -> None:
+    """Its figure is that of the mean of the outputs of the plain loops' models."""
+    study = run_study(replace(SMALL, control=False), seeds=2)
+    inputs, targets = small_data().validation
+    inputs, targets = small_data().test or (inputs, targets)
+    outputs = []
+    for seed in (0, 1):
+        model = small_model().eval()
+        model.load_state_dict(plain_loop(seed, epochs=8)[-1])
+        with torch.no_grad():
+            outputs.append(model(inputs))
+    expected = float(nn.functional.mse_loss(sum(outputs) / 2, targets))
+    assert study.findings.outcome.ensemble["stop"]["MSE"] == pytest.approx(expected, rel=1e-6)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_an_error_in_a_worker_says_which_seed_and_why() -> None:
+    """The message of the task's own error, its place and the seed come back in one line."""
+    task = replace(SMALL, loss=broken_loss)
+    with pytest.raises(RunError, match=r"ValueError with seed \d at .*boom: the targets"):
+        run_study(task, seeds=2, jobs=2)
+    with pytest.raises(RunError, match="with seed 0 at"):
+        run_study(task, seeds=2, jobs=1)
+    assert issubclass(RunError, AveragingError)
+
+
+def test_a_task_of_lambdas_needs_one_process() -> None:
+    """It cannot be sent elsewhere; the error says what to do, before anything is trained."""
+    task = replace(SMALL, model=lambda: small_model())
+    with pytest.raises(ArgumentError, match="or pass jobs=1"):
+        run_study(task, seeds=2, jobs=2)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"headline": "EMA of Mars"}, "headline must be an average or a family"),
+        ({"watch": "window"}, "watch must be 'live' or one of the averages"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], said: str) -> None:
+    """Before any training."""
+    with pytest.raises(ArgumentError, match=said):
+        run_study(replace(SMALL, **changes), seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+        ({"batch": -1}, "batch must be 1 or more"),
+        ({"patience": 0}, "patience must be 1 or more"),
+        ({"metrics": {}}, "metrics must hold at least one"),
+    ],
+)
+def test_impossible_tasks_are_refused(changes: dict[str, Any], said: str) -> None:
+    """When they are built."""
+    with pytest.raises(ArgumentError, match=said):
+        replace(SMALL, **changes)
+
+
+def test_impossible_studies_are_refused() -> None:
+    """No seeds, one seed twice, no process, data that does not pair up."""
+    with pytest.raises(ArgumentError, match="seeds must be one or more"):
+        run_study(SMALL, seeds=0)
+    with pytest.raises(ArgumentError, match="all different"):
+        run_study(SMALL, seeds=[1, 1])
+    with pytest.raises(ArgumentError, match="jobs must be 1 or more"):
+        run_study(SMALL, jobs=0)
+    with pytest.raises(ArgumentError, match="got 3 inputs and 2 targets"):
+        Data(train=(torch.zeros(3), torch.zeros(2)), validation=(torch.zeros(1), torch.zeros(1)))
+
+
+def test_only_an_earlier_study_is_ever_replaced(tmp_path: Path, small_study: Study) -> None:
+    """A file, somebody's folder and an earlier study are refused; --force replaces the last."""
+    somebody = tmp_path / "thesis"
+    somebody.mkdir()
+    (somebody / "chapter.tex").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(ArgumentError, match=r"an earlier study, got .*chapter\.tex"):
+            check_folder(somebody, force=force)
+    lookalike = tmp_path / "lookalike"
+    lookalike.mkdir()
+    (lookalike / "results.json").write_text('{"format": "another program"}')
+    with pytest.raises(ArgumentError, match=r"results\.json"):
+        check_folder(lookalike, force=True)
+    with pytest.raises(ArgumentError, match="must be a folder"):
+        check_folder(somebody / "chapter.tex")
+    out = tmp_path / "out"
+    small_study.save(out)
+    (out / "report.html").write_text("old")
+    with pytest.raises(ArgumentError, match="--force"):
+        small_study.save(out)
+    assert (out / "report.html").read_text() == "old"
+    small_study.save(out, force=True)
+    assert (out / "report.html").read_text() != "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lookalike", "out", "thesis"]
+
+
+def test_nothing_is_left_half_written(
+    tmp_path: Path, small_study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When writing breaks half-way the old study stands and no temporary folder stays."""
+    out = tmp_path / "out"
+    small_study.save(out)
+    before = (out / "results.json").read_bytes()
+
+    def stop(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_folder, "page", stop)
+    with pytest.raises(KeyboardInterrupt):
+        small_study.save(out, force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_a_missing_library_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without matplotlib the message holds the line to type."""
+    monkeypatch.setattr(_extra, "find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(ImportError, match=r'no matplotlib\. Run: pip install "polyak\[study\]"'):
+        _extra.check_libraries()
+
+
+# ---------------------------------------------------------------- the tasks that come with it
+
+
+def test_regression_is_the_article_s_task() -> None:
+    """Sizes, scaling, parameters and optimizer as published."""
+    task = TASKS["regression"]()
+    data = task.data()
+    assert data.test is None
+    assert data.train[0].shape == (1600, 20)
+    assert data.validation[1].shape == (400, 1)
+    inputs = torch.cat([data.train[0], data.validation[0]]).double()
+    targets = torch.cat([data.train[1], data.validation[1]]).double()
+    for values in (inputs, targets):
+        assert torch.allclose(values.mean(0), torch.zeros(values.shape[1]).double(), atol=1e-6)
+        assert torch.allclose(values.var(0, correction=0), torch.ones(1).double(), atol=1e-5)
+    model = task.model()
+    assert sum(p.numel() for p in model.parameters()) == (20 * 64 + 64) + (64 * 32 + 32) + 33
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.2, 0.2]
+    assert all(float(p.abs().sum().detach()) == 0.0 for p in model.parameters() if p.ndim == 1)
+    optimizer = task.optimizer(model.parameters())
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-3, 1e-5)
+    assert (task.epochs, task.batch, task.patience, task.watch) == (500, 32, 20, ARTICLE)
+    assert task.scheduler is not None
+    plateau = task.scheduler(optimizer)
+    assert isinstance(plateau, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    assert (plateau.factor, plateau.patience) == (0.5, 10)
+
+
+def test_text_predicts_the_character_that_follows() -> None:
+    """Contexts and targets line up, and no held-out character is trained on."""
+    data = TASKS["text"]().data()
+    assert data.test is not None
+    contexts, following = data.train
+    assert contexts.shape[1] == 8
+    assert torch.equal(contexts[1:, -1], following[:-1])
+    assert len(data.validation[0]) == len(data.test[0]) == 4000
+    held = torch.cat([data.validation[0], data.test[0]])
+    assert held.max() < 110  # letters are codes of an alphabet
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_task_runs(name: str) -> None:
+    """One evaluation of each task that comes with the library, with all its methods."""
+    task = TASKS[name]()
+    found = run_study(task, seeds=1, epochs=1, control=False)
+    assert all(
+        math.isfinite(row.values["stop"]["validation"][task.judge][0])
+        for row in found.findings.outcome.rows.values()
+    )
