@@ -1,6 +1,7 @@
 """One average: its weights are the law of its schedule, its clock is the caller's."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -640,3 +641,22 @@ def test_conjugate_views_are_averaged_like_any_tensor() -> None:
     average.update()
 
     assert torch.equal(average.tensors["z"], torch.tensor([2.0 - 4.0j, 6.0 + 2.0j]))
+
+
+def test_a_warning_that_raises_leaves_a_finished_update() -> None:
+    """Where warnings are errors, the clock and the weights still agree after one."""
+    live = {"w": torch.ones(2)}
+    averages = polyak.Averages(
+        live, {"a": polyak.Uniform(), "b": polyak.Uniform()}, dtype=torch.bfloat16
+    )
+    for _ in range(256):
+        averages.update()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(polyak.AveragingWarning, match="no longer moves"):
+            averages.update()
+
+    assert (averages.now, averages.updates) == (257, 257)
+    for average in averages.values():
+        assert average.report().noise_window == pytest.approx(257, rel=1e-9)

@@ -31,7 +31,7 @@ from polyak import (
     gamma_from_sigma_rel,
     sigma_rel_from_gamma,
 )
-from polyak._schedules import constant_decay, schedule_from_state, schedule_state
+from polyak._identities import constant_decay, schedule_from_state, schedule_state
 
 LAST = 500
 RANDOM = np.cumsum(np.random.default_rng(0).integers(1, 13, size=LAST))

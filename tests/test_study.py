@@ -215,7 +215,7 @@ def test_a_straight_fall_is_not_restless() -> None:
     design = np.stack([np.ones(40), np.arange(40)], axis=1)
     residual = noise - design @ np.linalg.lstsq(design, noise, rcond=None)[0]
     expected = math.sqrt(float(residual @ residual) / 38)
-    assert spread(noise + line, detrend=True) == pytest.approx(expected, rel=1e-9)
+    assert spread([*(noise + line)], detrend=True) == pytest.approx(expected, rel=1e-9)
 
 
 def test_spread_is_the_one_that_numpy_computes() -> None:
@@ -246,7 +246,7 @@ def test_thirds_are_thirds_of_the_run() -> None:
 
 
 def test_the_article_s_average_follows_its_published_law() -> None:
-    """Copies at the first 101 calls; then decay 1 - (1 + e)^(-2/3), e = calls - 101, up to 0.999."""
+    """It copies at 101 calls; then decay 1 - (1 + e)^(-2/3), e = calls - 101, up to 0.999."""
     schedule = article_ema().schedule
     for call in (1, 50, 100, 101):
         assert schedule(now=call, elapsed=1) == 0.0
@@ -376,7 +376,8 @@ def test_verdict_says_calmer_but_uncertain() -> None:
     average = [curve(1.0 - change, 0.04, seed) for seed, change in enumerate(changes)]
     verdict = made(live, average).verdict
     interval = stats.ttest_1samp(changes, 0.0).confidence_interval(0.95)
-    low, high = (f"{100 * end:+.0f}".replace("-", "\N{MINUS SIGN}") for end in interval)
+    low = f"{100 * interval.low:+.1f}".replace("-", "\N{MINUS SIGN}")
+    high = f"{100 * interval.high:+.0f}"
     assert (verdict.answer, verdict.calmer) == ("not shown", "yes")
     assert "the calmer curve is real (10 of 10 seeds, median 2.5 times" in verdict.headline
     assert (

@@ -8,6 +8,7 @@ from ._errors import AveragingError as AveragingError
 from ._errors import AveragingWarning as AveragingWarning
 from ._errors import MatchError as MatchError
 from ._errors import OrderError as OrderError
+from ._identities import convert as convert
 from ._profiles import Profile as Profile
 from ._profiles import profile as profile
 from ._report import Report as Report
@@ -24,7 +25,6 @@ from ._schedules import Polynomial as Polynomial
 from ._schedules import Power as Power
 from ._schedules import Schedule as Schedule
 from ._schedules import Uniform as Uniform
-from ._schedules import convert as convert
 from ._schedules import gamma_from_sigma_rel as gamma_from_sigma_rel
 from ._schedules import sigma_rel_from_gamma as sigma_rel_from_gamma
 from ._window import Window as Window

@@ -13,8 +13,9 @@ from torch import Tensor
 from . import _kernels as kernels
 from ._errors import ArgumentError, AveragingWarning, MatchError, OrderError
 from ._history import History
+from ._identities import constant_decay
 from ._roles import Inventory, check_some_averaged
-from ._schedules import Schedule, constant_decay
+from ._schedules import Schedule
 
 Place = tuple[int, torch.Size, tuple[int, ...]]
 NonFinite = Literal["skip", "raise", "ignore"]

@@ -13,29 +13,18 @@ that does not grow with their number.
 
 import math
 import numbers
-from bisect import bisect_left
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache, cached_property
-from typing import Any, Protocol, Self, TypeAlias, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from ._errors import ArgumentError
+from ._steps import FloatArray, check_times, product, steps_between
 
 _LN2 = math.log(2.0)
 _SIGMA_REL_LIMIT = 1.0 / math.sqrt(12.0)  # relative width of the plain mean
-
-# Below this step a ramp is summed term by term; above it, the sum is an integral and two
-# differences at each end. No ramp has a singular point nearer to step n than about n itself, so
-# its fifth derivative, the first that is left out, is of the order of 24 / n ** 5: 2e-14 here.
-_SMOOTH_FROM = 1024
-_FEW = 32  # steps that are multiplied one by one sooner than NumPy starts
-_NODES = 20  # Gauss-Legendre nodes for a panel [x, 2 x]; 13 would do for 1e-16
-
-_FloatArray: TypeAlias = npt.NDArray[np.float64]
-_Parts: TypeAlias = Callable[[_FloatArray], tuple[_FloatArray, _FloatArray]]
 
 
 class Schedule(Protocol):
@@ -95,7 +84,7 @@ class Power:
 
     def __call__(self, *, now: float, elapsed: float) -> float:
         """Return (1 - elapsed / now) ** (gamma + 1)."""
-        _check_times(now, elapsed)
+        check_times(now, elapsed)
         # now - elapsed is exact for whole times, 1 - elapsed / now is not.
         return math.pow((now - elapsed) / now, self.exponent)
 
@@ -246,7 +235,7 @@ class Exponential:
 
     def __call__(self, *, now: float, elapsed: float) -> float:
         """Return decay ** elapsed, bias-corrected unless debias=False."""
-        _check_times(now, elapsed)
+        check_times(now, elapsed)
         if not self.debias:
             if self.half_life is not None:
                 return math.exp2(-elapsed / self.half_life)
@@ -283,7 +272,7 @@ class Uniform:
 
     def __call__(self, *, now: float, elapsed: float) -> float:
         """Return 1 - elapsed / now."""
-        _check_times(now, elapsed)
+        check_times(now, elapsed)
         return (now - elapsed) / now
 
 
@@ -320,7 +309,7 @@ class HalfLifeRamp:
 
     def __call__(self, *, now: float, elapsed: float) -> float:
         """Return the decay integrated over the interval, exactly also across the limit."""
-        _check_times(now, elapsed)
+        check_times(now, elapsed)
         before = now - elapsed
         if self.half_life is None:
             return math.pow(before / now, _LN2 / self.ratio)
@@ -367,13 +356,13 @@ class Polynomial:
 
     def __call__(self, *, now: float, elapsed: float) -> float:
         """Return the product of (t - 1) / (t + eta) over the steps of the interval."""
-        first, last = _steps(now, elapsed, self.unit)
-        return self._of_step(last) if first == last else _product(self, first, last)
+        first, last = steps_between(now, elapsed, self.unit)
+        return self._of_step(last) if first == last else product(self, first, last)
 
     def _of_step(self, t: int) -> float:
         return (t - 1) / (t + self.eta)
 
-    def _parts(self, t: _FloatArray) -> tuple[_FloatArray, _FloatArray]:
+    def _parts(self, t: FloatArray) -> tuple[FloatArray, FloatArray]:
         return (t - 1.0) / (t + self.eta), (self.eta + 1.0) / (t + self.eta)
 
     def __repr__(self) -> str:
@@ -424,15 +413,15 @@ class CountRamp:
 
     def __call__(self, *, now: float, elapsed: float) -> float:
         """Return the product of min(decay, (1 + n) / (10 + n)) over the steps of the interval."""
-        first, last = _steps(now, elapsed, self.unit)
+        first, last = steps_between(now, elapsed, self.unit)
         if first == last:
             return min(self.decay, self._of_step(last))
-        return _product(self, first, last, high=self.decay)
+        return product(self, first, last, high=self.decay)
 
     def _of_step(self, n: int) -> float:
         return (1 + n) / (10 + n)
 
-    def _parts(self, n: _FloatArray) -> tuple[_FloatArray, _FloatArray]:
+    def _parts(self, n: FloatArray) -> tuple[FloatArray, FloatArray]:
         return (1.0 + n) / (10.0 + n), 9.0 / (10.0 + n)
 
     def __repr__(self) -> str:
@@ -470,13 +459,13 @@ class ExponentialRamp:
 
     def __call__(self, *, now: float, elapsed: float) -> float:
         """Return the product of decay (1 - exp(-n / tau)) over the steps of the interval."""
-        first, last = _steps(now, elapsed, self.unit)
-        return self._of_step(last) if first == last else _product(self, first, last)
+        first, last = steps_between(now, elapsed, self.unit)
+        return self._of_step(last) if first == last else product(self, first, last)
 
     def _of_step(self, n: int) -> float:
         return -self.decay * math.expm1(-n / self.tau)
 
-    def _parts(self, n: _FloatArray) -> tuple[_FloatArray, _FloatArray]:
+    def _parts(self, n: FloatArray) -> tuple[FloatArray, FloatArray]:
         left = np.exp(-n / self.tau)
         return -self.decay * np.expm1(-n / self.tau), (1.0 - self.decay) + self.decay * left
 
@@ -531,15 +520,15 @@ class InverseGamma:
 
     def __call__(self, *, now: float, elapsed: float) -> float:
         """Return the product of the clamped decays over the steps of the interval."""
-        first, last = _steps(now, elapsed, self.unit)
+        first, last = steps_between(now, elapsed, self.unit)
         if first == last:
             return min(self.max_decay, max(self.min_decay, self._of_step(last)))
-        return _product(self, first, last, low=self.min_decay, high=self.max_decay)
+        return product(self, first, last, low=self.min_decay, high=self.max_decay)
 
     def _of_step(self, t: int) -> float:
         return -math.expm1(-self.power * math.log1p((t - 1) / self.inv_gamma))
 
-    def _parts(self, t: _FloatArray) -> tuple[_FloatArray, _FloatArray]:
+    def _parts(self, t: FloatArray) -> tuple[FloatArray, FloatArray]:
         depth = -self.power * np.log1p((t - 1.0) / self.inv_gamma)
         return -np.expm1(depth), np.exp(depth)
 
@@ -580,8 +569,8 @@ class Cosine:
 
     def __call__(self, *, now: float, elapsed: float) -> float:
         """Return the product of the steps' decays, 1 for those after `total`."""
-        first, last = _steps(now, elapsed, self.unit)
-        return self._of_step(last) if first == last else _product(self, first, last)
+        first, last = steps_between(now, elapsed, self.unit)
+        return self._of_step(last) if first == last else product(self, first, last)
 
     # (1 + cos x) / 2 = cos(x / 2)^2, which keeps its digits where the decay is near 1.
 
@@ -590,7 +579,7 @@ class Cosine:
             return 1.0
         return 1.0 - (1.0 - self.base) * math.cos(0.5 * math.pi * n * self.unit / self.total) ** 2
 
-    def _parts(self, n: _FloatArray) -> tuple[_FloatArray, _FloatArray]:
+    def _parts(self, n: FloatArray) -> tuple[FloatArray, FloatArray]:
         angle = 0.5 * math.pi * n * self.unit / self.total
         dropped = (1.0 - self.base) * np.cos(angle) ** 2
         return self.base + (1.0 - self.base) * np.sin(angle) ** 2, dropped
@@ -632,7 +621,7 @@ class After:
 
     def __call__(self, *, now: float, elapsed: float) -> float:
         """Return 0 up to `start`, afterwards the decay of `schedule` on its own clock."""
-        _check_times(now, elapsed)
+        check_times(now, elapsed)
         if now <= self.start:
             return 0.0
         since = now - self.start
@@ -690,219 +679,10 @@ def sigma_rel_from_gamma(gamma: float) -> float:
     return math.sqrt(gamma + 1.0) / ((gamma + 2.0) * math.sqrt(gamma + 3.0))
 
 
-# ── one law, several names ───────────────────────────────────────────────────────────────────────
-
-_S = TypeVar("_S")
+# ── spelling ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def convert(schedule: Schedule, to: type[_S], *, exact: bool = True) -> _S:
-    """Return the schedule of class `to` that is the same average.
-
-    Exact, at every time that both accept:
-
-        InverseGamma(g, power=1, min_decay=0, max_decay=1)  =  Polynomial(g - 1)
-        HalfLifeRamp(r) without a limit                     =  Power(gamma=ln 2 / r - 1)
-        Uniform()  =  Power(gamma=0)  =  Polynomial(0)
-
-    With exact=False also the ones that hold in the limit of a long run:
-
-        Polynomial(e)   ~  Power(gamma=e)      weights differ by O(1 / steps)
-        CountRamp(d)    ~  Polynomial(8)       before its cap; its step n is their step n + 2
-
-    Args:
-        schedule: the schedule to rewrite.
-        to: the class to write it in.
-        exact: whether to refuse what holds in the limit only.
-
-    Returns:
-        A schedule of class `to`; `schedule` itself where it is one already.
-
-    Raises:
-        ArgumentError: when the two classes share no average, or only in the limit.
-
-    Example:
-        >>> convert(InverseGamma(4.0, power=1.0, max_decay=1.0), Polynomial)
-        Polynomial(eta=3.0)
-        >>> convert(Uniform(), Power)
-        Power(gamma=0.0)
-    """
-    if to not in _NAMED.values():
-        raise ArgumentError(
-            f"to must be a schedule class of polyak, got {to!r}. For example polyak.Power."
-        )
-    if isinstance(schedule, to):
-        return schedule
-    gamma, (eta, unit) = _as_power(schedule), _as_polynomial(schedule)
-    same = _written_as(to, gamma=gamma, eta=eta, unit=unit)
-    if isinstance(same, to):
-        return same
-    if isinstance(schedule, CountRamp):
-        eta, unit = 8.0, schedule.unit
-    limit = eta if eta is not None else gamma
-    close = None if limit is None else _written_as(to, gamma=limit, eta=limit, unit=unit)
-    if limit == 8.0 and to is CountRamp:
-        close = CountRamp(1.0, unit=unit)
-    if not isinstance(close, to):
-        raise ArgumentError(
-            f"schedule must be one that {to.__name__} can express exactly, got {schedule!r}. "
-            "See polyak.convert for the list."
-        )
-    if exact:
-        reason = (
-            "a CountRamp is Polynomial(8) two steps later, before its cap holds: its initial "
-            "weights play the first two steps"
-            if isinstance(schedule, CountRamp) or to is CountRamp
-            else "the weights agree in the limit of many steps"
-        )
-        raise ArgumentError(
-            f"schedule must be one that {to.__name__} can express exactly, got {schedule!r}: "
-            f"{reason}. Pass exact=False to take {close!r}."
-        )
-    return close
-
-
-def _as_power(schedule: Schedule) -> float | None:
-    """Return the gamma of the power function that `schedule` is, or None."""
-    match schedule:
-        case Power():
-            return schedule.exponent - 1.0
-        case HalfLifeRamp(half_life=None):
-            return _LN2 / schedule.ratio - 1.0
-        case Uniform() | Polynomial(eta=0.0):
-            return 0.0
-        case InverseGamma(inv_gamma=1.0, power=1.0, min_decay=0.0, max_decay=1.0):
-            return 0.0
-    return None
-
-
-def _as_polynomial(schedule: Schedule) -> tuple[float | None, float]:
-    """Return eta and unit of the polynomial decay that `schedule` is; None for eta if it is not."""
-    match schedule:
-        case Polynomial():
-            return schedule.eta, schedule.unit
-        case InverseGamma(power=1.0, min_decay=0.0, max_decay=1.0):
-            return schedule.inv_gamma - 1.0, schedule.unit
-    return (0.0 if _as_power(schedule) == 0.0 else None), 1
-
-
-def _written_as(
-    to: type, *, gamma: float | None, eta: float | None, unit: float
-) -> Schedule | None:
-    """Return the schedule of class `to` with this gamma or eta, whichever it is written in."""
-    if gamma is not None:
-        if to is Power:
-            return Power(gamma=gamma)
-        if to is HalfLifeRamp:
-            return HalfLifeRamp(_LN2 / (gamma + 1.0))
-        if to is Uniform and gamma == 0.0:
-            return Uniform()
-    if eta is not None:
-        if to is Polynomial:
-            return Polynomial(eta, unit=unit)
-        if to is InverseGamma:
-            return InverseGamma(eta + 1.0, power=1.0, max_decay=1.0, unit=unit)
-    return None
-
-
-def constant_decay(schedule: Schedule) -> float | None:
-    """Return the decay per unit of time that `schedule` holds for ever, or None.
-
-    Only an `Exponential`, also behind an `After`, holds one; the ramps may never reach theirs.
-
-    Example:
-        >>> constant_decay(After(10, Exponential(decay=0.999)))
-        0.999
-    """
-    if isinstance(schedule, After):
-        return constant_decay(schedule.schedule)
-    return schedule.in_decay().decay if isinstance(schedule, Exponential) else None
-
-
-# ── saved by name and fields ─────────────────────────────────────────────────────────────────────
-
-_OPAQUE = "opaque"
-_NAMED: dict[str, type[Any]] = {
-    named.__name__: named
-    for named in (
-        After,
-        Cosine,
-        CountRamp,
-        Exponential,
-        ExponentialRamp,
-        HalfLifeRamp,
-        InverseGamma,
-        Polynomial,
-        Power,
-        Uniform,
-    )
-}
-
-
-def schedule_state(schedule: Schedule) -> dict[str, Any]:
-    """Return name and fields of a schedule: strings, numbers, booleans and dicts of them.
-
-    What is not one of this module's classes (a function, a class of one's own) has the name
-    "opaque": its code is not saved, and `schedule_from_state` asks for it again.
-
-    Example:
-        >>> schedule_state(After(10, Power(sigma_rel=0.05)))
-        {'name': 'After', 'start': 10, 'schedule': {'name': 'Power', 'sigma_rel': 0.05}}
-    """
-    if type(schedule) not in _NAMED.values():
-        return {"name": _OPAQUE}
-    state: dict[str, Any] = {"name": type(schedule).__name__}
-    for name, value in _given(schedule).items():
-        state[name] = schedule_state(value) if name == "schedule" else value
-    return state
-
-
-def schedule_from_state(state: Mapping[str, Any], *, opaque: Schedule | None = None) -> Schedule:
-    """Return the schedule that `schedule_state` described.
-
-    Args:
-        state: what `schedule_state` returned.
-        opaque: the function or object to use where the state says "opaque".
-
-    Raises:
-        ArgumentError: when the state names no schedule of this version, has other fields or values
-            out of range, or is opaque and `opaque` is not given.
-
-    Example:
-        >>> schedule_from_state({"name": "Exponential", "half_life": 1000.0, "debias": True})
-        Exponential(half_life=1000.0)
-    """
-    name = state.get("name") if isinstance(state, Mapping) else None
-    if name == _OPAQUE:
-        if opaque is None:
-            raise ArgumentError(
-                "schedule must be passed in again, got a state saved with a function or class of "
-                "your own, whose code is not saved. Pass the same one."
-            )
-        return opaque
-    kind = _NAMED.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ArgumentError(
-            f"the saved schedule must be one of {', '.join(_NAMED)} or {_OPAQUE!r}, got "
-            f"{name if isinstance(name, str) else state!r}. "
-            "Load it with the version of polyak that saved it, or pass a schedule of your own."
-        )
-    values = {key: value for key, value in state.items() if key != "name"}
-    known = {item.name: item.default is MISSING for item in fields(kind)}
-    unknown = sorted(str(key) for key in values if key not in known)
-    missing = [key for key, needed in known.items() if needed and key not in values]
-    if unknown or missing:
-        raise ArgumentError(
-            f"a saved {name} must have the fields {', '.join(known) or 'none'}, got "
-            f"{sorted(map(str, values))} (unknown {unknown}, missing {missing}). "
-            "Load it with the version of polyak that saved it, or pass a schedule of your own."
-        )
-    if "schedule" in values:
-        values["schedule"] = schedule_from_state(values["schedule"], opaque=opaque)
-    restored: Schedule = kind(**values)
-    return restored
-
-
-def _given(schedule: Any) -> dict[str, Any]:
+def given_fields(schedule: Any) -> dict[str, Any]:
     """Return the fields of a schedule that hold something: None means the other spelling."""
     values = {item.name: getattr(schedule, item.name) for item in fields(schedule)}
     return {name: value for name, value in values.items() if value is not None}
@@ -911,112 +691,8 @@ def _given(schedule: Any) -> dict[str, Any]:
 def _spelled(schedule: Any) -> str:
     """Return the call that makes `schedule`, without what is at its default anyway."""
     defaults = {item.name: item.default for item in fields(schedule)}
-    shown = [f"{k}={v!r}" for k, v in _given(schedule).items() if v != defaults[k]]
+    shown = [f"{k}={v!r}" for k, v in given_fields(schedule).items() if v != defaults[k]]
     return f"{type(schedule).__name__}({', '.join(shown)})"
-
-
-# ── many steps at once ───────────────────────────────────────────────────────────────────────────
-
-
-class _Ramp(Protocol):
-    """A decay that is a function of the step, the same or larger at every further step."""
-
-    def _of_step(self, n: int, /) -> float:
-        """Return the decay of step `n`, before limits."""
-        ...
-
-    def _parts(self, n: _FloatArray, /) -> tuple[_FloatArray, _FloatArray]:
-        """Return decay and 1 - decay of the steps `n`, each to full relative precision."""
-        ...
-
-
-def _steps(now: float, elapsed: float, unit: float) -> tuple[int, int]:
-    """Return the first and the last step that the interval covers; steps count from 1."""
-    _check_times(now, elapsed)
-    end, begin = now / unit, (now - elapsed) / unit
-    last, before = round(end), round(begin)
-    slack = min(1e-9 * end, 1e-2)  # times may carry rounding, never half a step
-    if last == before or not (
-        (last == end and before == begin)  # as nearly always
-        or (abs(end - last) <= slack and abs(begin - before) <= slack)
-    ):
-        raise ArgumentError(
-            f"now must be a whole number of steps of unit={unit!r} since the start of the "
-            f"schedule, at every update, got {now!r} and {now - elapsed!r} before it. "
-            "Pass the time that one optimizer step takes as unit, "
-            f"for example unit={elapsed!r} if this update was one step."
-        )
-    return before + 1, last
-
-
-def _product(ramp: _Ramp, first: int, last: int, *, low: float = 0.0, high: float = 1.0) -> float:
-    """Return the product of clamp(decay of step, low, high) over the steps first..last.
-
-    A ramp only grows, so it is `low` up to some step, `high` from some step on, and smooth between
-    them: two powers and one sum of logarithms. Relative error below 1e-13 for products down to
-    1e-100; it grows with the logarithm of the product.
-    """
-    steps = range(first, last + 1)
-    if len(steps) <= _FEW:
-        return math.prod(min(high, max(low, ramp._of_step(n))) for n in steps)
-    risen = bisect_left(steps, low, key=ramp._of_step)
-    capped = max(risen, bisect_left(steps, high, key=ramp._of_step))
-    flat = math.pow(low, risen) * math.pow(high, len(steps) - capped)
-    if risen == capped:
-        return flat
-    if ramp._of_step(steps[risen]) == 0.0:
-        return 0.0
-    return flat * math.exp(_sum_of_logs(ramp._parts, steps[risen], steps[capped - 1]))
-
-
-def _sum_of_logs(parts: _Parts, first: int, last: int) -> float:
-    """Return the sum of log(decay) over first..last in a time that grows with its logarithm.
-
-    Early steps term by term. For the rest the Euler-Maclaurin formula at midpoints, with central
-    differences d, d3 of step 1 in place of derivatives:
-
-        sum f(n) = integral of f from first - 1/2 to last + 1/2 - [d / 24 - 17 d3 / 5760] + ...
-
-    (d/dx = d - d3 / 24 in 1/24 f' - 7/5760 f'''; NIST DLMF 2.10(i) and 3.4(iii).)
-    """
-
-    def log_decay(n: _FloatArray) -> _FloatArray:
-        kept, dropped = parts(n)
-        # Near 1 a decay has lost the digits that its logarithm is made of; 1 - decay has them.
-        near_one = dropped < 0.5
-        return np.where(
-            near_one,
-            np.log1p(-np.where(near_one, dropped, 0.0)),
-            np.log(np.where(near_one, 1.0, kept)),
-        )
-
-    early = min(last, _SMOOTH_FROM - 1)
-    total = 0.0
-    if first <= early:
-        total = math.fsum(log_decay(np.arange(first, early + 1, dtype=np.float64)))
-        first = early + 1
-    if last - first < _SMOOTH_FROM:
-        return total + math.fsum(log_decay(np.arange(first, last + 1, dtype=np.float64)))
-
-    begin, end = first - 0.5, last + 0.5
-    panels = 1 + math.frexp(end / begin)[1]
-    edges = np.minimum(begin * np.exp2(np.arange(panels + 1)), end)
-    half, middle = 0.5 * np.diff(edges), 0.5 * (edges[1:] + edges[:-1])
-    nodes, weights = _gauss_legendre()
-    values = log_decay(middle[:, None] + half[:, None] * nodes) @ weights
-    integral = math.fsum(half * values)
-
-    around = log_decay(np.add.outer([begin, end], [-1.5, -0.5, 0.5, 1.5]))
-    d = around[:, 2] - around[:, 1]
-    d3 = around[:, 3] - around[:, 0] - 3.0 * d
-    ends = d / 24.0 - 17.0 * d3 / 5760.0
-    return total + (integral - float(ends[1] - ends[0]))
-
-
-@cache
-def _gauss_legendre() -> tuple[_FloatArray, _FloatArray]:
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    return nodes, weights
 
 
 # ── checks ───────────────────────────────────────────────────────────────────────────────────────
@@ -1069,12 +745,4 @@ def _require_one(schedule: object, one: str, other: str, *, hint: str) -> None:
         raise ArgumentError(
             f"{one} or {other} must be given, one of them and not both, "
             f"got {one}={values[0]!r} and {other}={values[1]!r}. {hint}."
-        )
-
-
-def _check_times(now: float, elapsed: float) -> None:
-    if not 0.0 < elapsed <= now < math.inf:
-        raise ArgumentError(
-            f"elapsed must be above 0 and at most now ({now!r}), both finite, got {elapsed!r}. "
-            "Both count from the start of the average."
         )

@@ -11,8 +11,8 @@ from torch import Tensor
 from ._engine import Engine, Memory, Row
 from ._errors import ArgumentError, MatchError
 from ._history import History
+from ._identities import schedule_from_state, schedule_state
 from ._kernels import write_
-from ._schedules import schedule_from_state, schedule_state
 
 FORMAT = 1
 
