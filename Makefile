@@ -37,7 +37,7 @@ docs: $(READY) ## The documentation as a site; a warning is an error
 	$(BIN)/mkdocs build --quiet --strict
 
 prove: $(READY) ## Long proofs: the weight law at length, every interrupt of the exchange
-	$(BIN)/python -m pytest -n 2 -m prove --run-prove
+	$(BIN)/python -m pytest -n 2 -m prove
 
 study-docs: $(READY) ## The committed study results of docs/: about half an hour on 2 cores
 	$(BIN)/polyak study regression --seeds 10 --jobs 2 --out docs/studies/regression --force
