@@ -403,6 +403,8 @@ class Breaker:
         elif self.how == "half":
             for target, source in list(zip(targets, sources, strict=True))[::2]:
                 self._copy(target[: len(target) // 2 + 1], source[: len(source) // 2 + 1])
+                del target, source
+        del targets, sources  # a frame of torch itself would keep no tensors alive either
         raise self.error
 
     def _one(self, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -469,9 +471,10 @@ def test_trained_weights_come_back_when_any_copy_breaks(
 
 @pytest.mark.usefixtures("tiny_scratch")
 @HOWS
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Interrupted])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trained_weights_come_back_when_the_way_back_is_interrupted_too(
-    dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, error: type[BaseException], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tired user presses Ctrl-C twice: at any copy, and at any later one."""
     torch.manual_seed(0)
@@ -481,7 +484,7 @@ def test_trained_weights_come_back_when_the_way_back_is_interrupted_too(
     average.update()
     moved(model, seed=2)
     before = state_of(model, average)
-    breaker = Breaker(monkeypatch, how, KeyboardInterrupt)
+    breaker = Breaker(monkeypatch, how, error)
     breaker.arm()
     with average.applied():
         pass
@@ -490,7 +493,7 @@ def test_trained_weights_come_back_when_the_way_back_is_interrupted_too(
     for first in range(1, points + 1):
         for second in range(first + 1, first + points + 1):
             breaker.arm(first, second)
-            assert breaks(average, KeyboardInterrupt)
+            assert breaks(average, error)
             reached = breaker.calls >= second
             breaker.arm()
             assert state_of(model, average) == before, f"broken at copies {first} and {second}"
@@ -954,14 +957,27 @@ def test_block_over_other_dtypes_costs_one_copy_of_the_live_weights() -> None:
     assert size <= made.bytes <= size + 1_000
 
 
-def test_kept_traceback_does_not_make_later_blocks_dearer() -> None:
+@pytest.mark.parametrize("where", ["entry", "block", "exit"])
+def test_kept_traceback_does_not_make_later_blocks_dearer(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever keeps the exception of one block (a notebook) still gets cheap blocks."""
     live, _ = _forty_megabytes()
     average = polyak.Average(live)
     average.update()
-    with pytest.raises(ValueError, match="theirs") as kept, average.applied():
-        raise ValueError("theirs")
 
+    def evaluate() -> None:
+        with average.applied():
+            if where == "block":
+                raise ValueError("theirs")
+            if where == "exit":
+                live["w0"].data = torch.zeros(1_250_000)
+
+    with monkeypatch.context() as patch:
+        if where == "entry":
+            Breaker(patch, "half", ValueError).arm(2)
+        with pytest.raises((ValueError, polyak.OrderError)) as kept:
+            evaluate()
     with Allocations() as made, average.applied():
         pass
 

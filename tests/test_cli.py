@@ -9,12 +9,21 @@ import pytest
 
 from polyak import cli, study
 from polyak.cli import main
-from polyak.study import TASKS, Task
+from polyak.study import TASKS, Task, _folder
+
+REGRESSION = TASKS["regression"]()
 
 
 def tiny() -> Task:
     """The article's task, cut to two epochs."""
-    return replace(TASKS["regression"](), epochs=2, control=False)
+    return replace(REGRESSION, epochs=2, control=False)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds, and test_study.py draws."""
+    monkeypatch.setattr(_folder, "pictures", lambda study: {})
+    monkeypatch.setattr(_folder, "page", lambda *_, **__: "<!doctype html>")
 
 
 def test_an_unknown_task_gets_the_list_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +53,7 @@ def test_version_and_help_are_exit_code_0(capsys: pytest.CaptureFixture[str]) ->
     assert "Does averaging help here" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_study_from_one_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -696,7 +696,7 @@ def test_an_error_in_a_worker_says_which_seed_and_why() -> None:
     with pytest.raises(RunError, match=r"ValueError with seed \d at .*boom: the targets"):
         run_study(task, seeds=2, jobs=2)
     with pytest.raises(RunError, match="with seed 0 at"):
-        run_study(task, seeds=2, jobs=1)
+        run_study(task, seeds=1)
     assert issubclass(RunError, AveragingError)
 
 
@@ -748,6 +748,14 @@ def test_impossible_studies_are_refused() -> None:
         Data(train=(torch.zeros(3), torch.zeros(2)), validation=(torch.zeros(1), torch.zeros(1)))
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds, and the study from end to end draws."""
+    monkeypatch.setattr(_folder, "pictures", lambda study: {})
+    monkeypatch.setattr(_folder, "page", lambda *_, **__: "<!doctype html>")
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_only_an_earlier_study_is_ever_replaced(tmp_path: Path, small_study: Study) -> None:
     """A file, somebody's folder and an earlier study are refused; --force replaces the last."""
     somebody = tmp_path / "thesis"
@@ -774,6 +782,7 @@ def test_only_an_earlier_study_is_ever_replaced(tmp_path: Path, small_study: Stu
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lookalike", "out", "thesis"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_nothing_is_left_half_written(
     tmp_path: Path, small_study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:

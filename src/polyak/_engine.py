@@ -120,6 +120,7 @@ class Engine:
         for row in self.rows:
             row.tensors = [self._allocate(tensor) for tensor in live]
             row.holders = [count_holders(tensor) for tensor in row.tensors]
+        self._dtypes = {tensor.dtype for tensor in self.rows[0].tensors}
         self.copy_live()
 
     # ── the clock ────────────────────────────────────────────────────────────────────────────────
@@ -160,11 +161,11 @@ class Engine:
         self._check_expressible(decays, elapsed)
         self.check_finite(self.rows)
         self.fold([1.0 - decay for decay in decays], self.rows)
-        for index, (row, decay) in enumerate(zip(self.rows, decays, strict=True)):
+        for row, decay in zip(self.rows, decays, strict=True):
             row.memory.fold(decay, elapsed)
             row.norms = {}
-            self._warn_if_stalled(index, decay)
         self.commit(now)
+        self._warn_if_stalled(decays)  # last: a warning may be an error
         return decays
 
     def check_may_update(self) -> None:
@@ -392,16 +393,17 @@ class Engine:
                         "would never move. Store the average in a wider dtype or update less often."
                     )
 
-    def _warn_if_stalled(self, index: int, decay: float) -> None:
-        row = self.rows[index]
-        for tensor in row.tensors:
-            if decay < 1.0 and 1.0 - decay < unit_roundoff(tensor.dtype):
-                row.stalled = (
-                    "the average no longer moves: 1 - decay is below the rounding of "
-                    f"{tensor.dtype}; store it in a wider dtype"
-                )
-                self.warn_once(f"stall {index}", f"{row.stalled}.", depth=3)
-                return
+    def _warn_if_stalled(self, decays: Sequence[float]) -> None:
+        for index, (row, decay) in enumerate(zip(self.rows, decays, strict=True)):
+            if decay == 1.0:
+                continue
+            for dtype in self._dtypes:
+                if 1.0 - decay < unit_roundoff(dtype):
+                    row.stalled = (
+                        "the average no longer moves: 1 - decay is below the rounding of "
+                        f"{dtype}; store it in a wider dtype"
+                    )
+                    self.warn_once(f"stall {index}", f"{row.stalled}.", depth=3)
 
 
 # ── checks and small facts ───────────────────────────────────────────────────────────────────────
