@@ -19,6 +19,7 @@ def mean_(target: Tensor, terms: Sequence[Tensor]) -> None:
         x = term.to(wide)
         new = total + x
         part = new - total
-        lost += (total - (new - part)) + (x - part)  # Knuth's two-sum
+        slip = (total - (new - part)) + (x - part)  # Knuth's two-sum
+        lost += torch.where(torch.isfinite(slip), slip, 0.0)  # an infinity loses nothing
         total = new
     target.copy_((total + lost) / len(terms))
