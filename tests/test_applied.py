@@ -998,3 +998,18 @@ def test_scratch_is_given_back_after_the_block() -> None:
     held = [torch._C._storage_Use_Count(s._cdata) for s in storages]
 
     assert held == [1] * len(storages)
+
+
+def test_another_module_may_take_the_average_inside_the_block() -> None:
+    """Inside a block only the lent weights are out of bounds; a second module is not."""
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    average = polyak.Average(model, polyak.Exponential(decay=0.5, debias=False))
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    average.update()
+    expected = average.weights()
+    with average.applied():
+        average.copy_to(other)
+        with pytest.raises(polyak.OrderError, match="outside applied"):
+            average.copy_to(model)
+    assert all(torch.equal(t, expected[n]) for n, t in other.state_dict().items())

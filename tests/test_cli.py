@@ -1,6 +1,9 @@
 """The command line: exit codes, one-line errors, and a study from one command."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +64,6 @@ def test_a_study_from_one_command(
     monkeypatch.setitem(study.TASKS, "regression", tiny)
     out = tmp_path / "out"
     words = ["study", "--seeds", "1", "--jobs", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["polyak", *words])
     assert main(words) == 0
     said = capsys.readouterr()
     found = json.loads((out / "results.json").read_text())
@@ -110,6 +112,25 @@ def test_ctrl_c_ends_with_one_line_and_no_folder(
     assert main(["study", "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "polyak: stopped; nothing was written.\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_the_workers_too(tmp_path: Path) -> None:
+    """A real interrupt of a real study: exit code 130, nobody left behind, nothing written."""
+    words = ["study", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "polyak.cli", *words, "--epochs", "50"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as in a shell, the interrupt goes to the whole group
+    ) as running:
+        assert running.stderr is not None
+        assert running.stderr.readline().startswith("seed ")
+        os.killpg(running.pid, signal.SIGINT)
+        said = running.stderr.read()  # ends when the last process of the group has ended
+        assert running.wait() == 130
+    assert said.splitlines()[-1] == "polyak: stopped; nothing was written."
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_typer_the_command_says_what_to_install(

@@ -156,7 +156,7 @@ def test_an_optimizer_that_calls_the_model_again_takes_one_step() -> None:
         optimizer.zero_grad()
         loss: Tensor = (model(torch.ones(2, 3)) - 1).square().mean()
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     for _ in range(3):
         optimizer.step(closure)

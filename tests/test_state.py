@@ -114,6 +114,25 @@ def test_an_average_goes_on_bit_for_bit(
     assert average.state_dict()["clock"] == resumed.state_dict()["clock"]
 
 
+@pytest.mark.parametrize("origin", [0, 1_000])
+def test_the_clock_of_the_state_counts_not_that_of_the_average(origin: int) -> None:
+    """A schedule sees the time since the average that was saved began."""
+    asked: list[tuple[float, float]] = []
+
+    def schedule(*, now: float, elapsed: float) -> float:
+        asked.append((now, elapsed))
+        return 0.5
+
+    average = polyak.Average(Net(), schedule, now=origin)
+    average.update(origin + 5)
+    resumed = polyak.Average(Net(), schedule, now=77)
+    resumed.load_state_dict(through_a_file(average.state_dict()))
+
+    resumed.update(origin + 8)
+
+    assert asked == [(5, 5), (8, 3)]
+
+
 def test_several_averages_go_on_bit_for_bit() -> None:
     """With their one clock, and the counts of what was held back."""
     names: dict[str, polyak.Schedule] = {f"{n}": s for n, s in enumerate(SCHEDULES)}

@@ -437,8 +437,8 @@ def test_verdict_weighs_the_rival() -> None:
     average = [curve(0.8 + 0.01 * (seed % 2), 0.01, seed) for seed in range(5)]
     rival = [curve(0.5 + 0.01 * (seed % 2), 0.01, seed) for seed in range(5)]
     verdict = str(made(live, average, rival=rival).verdict)
-    assert "the gain in MSE against the live weights is real (mean +50 %" in verdict
-    assert "Against that rival EMA 0.9 is worse" in verdict
+    assert "with the live weights, the gain in MSE at the end is real (mean +50 %" in verdict
+    assert "Compared with that rival EMA 0.9 is worse" in verdict
 
 
 def test_the_live_curve_is_early_stopped_like_the_average() -> None:

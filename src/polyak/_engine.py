@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -249,11 +249,8 @@ class Engine:
 
     def check_not_lent(self, action: str) -> None:
         """Raise `OrderError` while the live weights are lent, to this average or to another."""
-        if self.loan is not None or (_lent_memory and _lent_memory & self.live_memory()):
-            raise OrderError(
-                f"{action} must come outside applied(), got it inside: the live model holds "
-                "averaged weights there. Leave the block first."
-            )
+        if self.loan is not None or _lent_memory:
+            check_memory_not_lent((entry.live() for entry in self.entries), action)
 
     def lend(self, loan: Loan) -> None:
         """Note that `loan` has begun; `end_loan` must follow."""
@@ -319,8 +316,7 @@ class Engine:
 
     def live_memory(self) -> frozenset[int]:
         """Addresses of the memory that the averaged live tensors lie in."""
-        tensors = [entry.live() for entry in self.entries]
-        return frozenset(t.untyped_storage().data_ptr() for t in tensors if t.numel())
+        return memory_of(entry.live() for entry in self.entries)
 
     def _watch(self) -> None:
         """Remember what the averages and the live weights look like before the next update."""
@@ -407,6 +403,20 @@ class Engine:
 
 
 # ── checks and small facts ───────────────────────────────────────────────────────────────────────
+
+
+def memory_of(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """Addresses of the memory that tensors lie in."""
+    return frozenset(t.untyped_storage().data_ptr() for t in tensors if t.numel())
+
+
+def check_memory_not_lent(tensors: Iterable[Tensor], action: str) -> None:
+    """Raise `OrderError` when some average has lent its values to one of these tensors."""
+    if _lent_memory & memory_of(tensors):
+        raise OrderError(
+            f"{action} must come outside applied(), got it inside: the live model holds averaged "
+            "weights there. Leave the block first."
+        )
 
 
 def check_time(now: float) -> float:

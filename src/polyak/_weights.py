@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _kernels as kernels
-from ._engine import Engine
+from ._engine import Engine, check_memory_not_lent
 from ._errors import ArgumentError, MatchError
 from ._roles import Entry, Inventory, take_inventory
 
@@ -71,8 +71,8 @@ def copy_to(engine: Engine, row: int, module: nn.Module, share: float) -> None:
     """
     if not 0.0 < share <= 1.0:
         raise ArgumentError(f"share must be above 0 and at most 1, got {share!r}.")
-    engine.check_not_lent("copy_to")
     target = take_inventory(module)
+    check_memory_not_lent((entry.live() for entry in target.entries), "copy_to")
     _check_targets(engine.inventory, target)
     averages, norms = engine.values(row), engine.rows[row].norms
     for entry in engine.inventory.entries:
