@@ -429,3 +429,13 @@ def test_saving_inside_applied_saves_the_average(tmp_path: Path) -> None:
         polyak.save(average, tmp_path / "a.safetensors")
 
     assert same(polyak.load_weights(tmp_path / "a.safetensors"), expected)
+
+
+def test_a_cap_that_was_never_reached_is_said_when_the_weights_are_saved(tmp_path: Path) -> None:
+    """The decay of a `CountRamp` does nothing in a short run: one warning, at `save`."""
+    average = polyak.Average({"w": torch.ones(1)}, polyak.CountRamp(0.999))
+    for _ in range(10):
+        average.update()
+    with pytest.warns(polyak.AveragingWarning, match=r"CountRamp.*8,990"):
+        polyak.save(average, tmp_path / "a.safetensors")
+    polyak.save(average, tmp_path / "b.safetensors")  # said once

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import polyak
+from polyak._identities import schedule_from_state
 
 SCHEDULES: list[polyak.Schedule] = [
     polyak.Power(sigma_rel=0.05),
@@ -610,3 +611,38 @@ def test_a_state_survives_a_file_on_disk(tmp_path: Path) -> None:
     resumed.load_state_dict(loaded["average"])
 
     assert same_tensors(resumed.weights(), average.weights())
+
+
+def test_history_tells_which_schedule_made_which_update() -> None:
+    """After a resume with another schedule the history and the schedules of before tell it all.
+
+    From them alone an oracle, in float64, finds the average that really happened.
+    """
+    live = {"w": torch.zeros((), dtype=torch.float64)}
+    first, second = polyak.Exponential(decay=0.9, debias=False), polyak.Power(gamma=3.0)
+    average = polyak.Average(live, first)
+    for step in range(1, 6):
+        live["w"].fill_(step)
+        average.update()
+    resumed = polyak.Average(live, second)
+    resumed.load_state_dict(average.state_dict(), schedule="replace")
+    for step in range(7, 20, 2):
+        live["w"].fill_(step)
+        resumed.update(now=step)
+
+    state = resumed.state_dict()
+    row = state["averages"]["average"]
+    assert state["clock"]["history"] == [[1, 5, 0], [2, 7, 1]]
+    assert row["past"] == [{"name": "Exponential", "decay": 0.9, "debias": False}]
+    rules = [schedule_from_state(saved) for saved in (*row["past"], row["schedule"])]
+    expected, now = 0.0, 0.0
+    for elapsed, count, index in state["clock"]["history"]:
+        for _ in range(count):
+            now += elapsed
+            decay = rules[index](now=now, elapsed=elapsed)
+            expected = decay * expected + (1.0 - decay) * now
+    assert resumed.tensors["w"].item() == pytest.approx(expected, rel=1e-14)
+
+    again = polyak.Average(live, second)
+    again.load_state_dict(state)
+    assert again.state_dict()["averages"]["average"]["past"] == row["past"]

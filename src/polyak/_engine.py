@@ -4,8 +4,8 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Row:
     holders: list[int]  # references to each tensor's memory while it is ours alone
     memory: Memory
     norms: dict[str, Tensor]  # recomputed statistics, valid until the next update
+    past: list[dict[str, Any]] = field(default_factory=list)  # schedules it had before, saved form
     damage: str = ""  # why it must not be used
     stalled: str = ""  # what to say when rounding has swallowed whole updates
 
@@ -134,6 +135,7 @@ class Engine:
         self._warned: set[str] = set()
         for row in self.rows:
             row.memory, row.norms, row.damage, row.stalled = Memory(), {}, "", ""
+            row.past = []
 
     def next_time(self, now: float | None) -> tuple[float, float]:
         """The time of an update at `now` (None: one more), and the time since the last one."""
@@ -201,7 +203,7 @@ class Engine:
 
     def commit(self, now: float) -> None:
         """Move the clock to `now`."""
-        self.history.append(now - self.now)
+        self.history.append(now - self.now, len(self.rows[0].past))
         self.now = now
         self.updates += 1
         self.steps = 0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._engine import Engine, Memory, Row
+from ._engine import Engine, Memory
 from ._errors import ArgumentError, MatchError
 from ._history import History
 from ._identities import schedule_from_state, schedule_state
@@ -50,6 +50,7 @@ def _row_state(engine: Engine, index: int, *, copies: bool) -> dict[str, Any]:
     row, values = engine.rows[index], engine.values(index)
     return {
         "schedule": schedule_state(row.schedule),
+        "past": list(row.past),  # by the index that the history gives
         "memory": asdict(row.memory),
         "tensors": tensor_state(engine, values, copies=copies),
         "norms": dict(row.norms),
@@ -89,15 +90,15 @@ def load_engine_state(
     clock = _clock(state)
     incidents = _incidents(engine, state)
     rows = [_row(engine, part(averages, name, Mapping)) for name in names]
-    if schedule == "same":
-        for row, name in zip(engine.rows, names, strict=True):
-            _check_schedule(row, part(averages[name], "schedule", Mapping))
+    pasts = _pasts(
+        engine, [averages[name] for name in names], history=clock[-1], same=schedule == "same"
+    )
     restored = _live_targets(engine, state) if live == "restore" else []
     with torch.no_grad():
-        for row, (tensors, memory, norms) in zip(engine.rows, rows, strict=True):
+        for row, past, (tensors, memory, norms) in zip(engine.rows, pasts, rows, strict=True):
             for entry, target in zip(engine.entries, row.tensors, strict=True):
                 target.copy_(tensors[entry.name])
-            row.memory, row.norms = memory, norms
+            row.memory, row.norms, row.past = memory, norms, past
         for target, value in restored:
             write_(target, value)
     engine.set_clock(*clock)
@@ -212,14 +213,33 @@ def check_tensors(engine: Engine, saved: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_schedule(row: Row, saved: Mapping[str, Any]) -> None:
-    ours = schedule_state(row.schedule)
-    theirs = schedule_state(schedule_from_state(saved, opaque=_some_function))
-    if ours != theirs:
+def _pasts(
+    engine: Engine, saved: Sequence[Mapping[str, Any]], *, history: History, same: bool
+) -> list[list[dict[str, Any]]]:
+    """Schedules that each average had before the one it goes on with; refuse others if `same`."""
+    past = [[_schedule(item) for item in part(row, "past", list)] for row in saved]
+    last = [_schedule(part(row, "schedule", Mapping)) for row in saved]
+    now = [schedule_state(row.schedule) for row in engine.rows]
+    used = max((index for _, _, index in history.runs), default=0)
+    if len({len(before) for before in past}) > 1 or used > len(past[0]):
+        raise ArgumentError(
+            "the state must name the schedule of each update, got histories that do not fit. "
+            "The file is damaged; take an older one."
+        )
+    if now == last:
+        return past
+    if same:
+        ours, theirs = next(pair for pair in zip(now, last, strict=True) if pair[0] != pair[1])
         raise MatchError(
             f"the state's schedule must be this average's, {ours}, got {theirs}. "
             'Build with the saved one, or pass schedule="replace" to go on with the new one.'
         )
+    return [[*before, replaced] for before, replaced in zip(past, last, strict=True)]
+
+
+def _schedule(saved: Any) -> dict[str, Any]:
+    """A schedule in saved form, checked."""
+    return schedule_state(schedule_from_state(saved, opaque=_some_function))
 
 
 def _some_function(*, now: float, elapsed: float) -> float:
