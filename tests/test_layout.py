@@ -59,7 +59,7 @@ def imported_rooms(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "polyak":
-                    found.add((alias.name.split(".") + ["__init__"])[1])
+                    found.add([*alias.name.split("."), "__init__"][1])
     return found
 
 

@@ -19,6 +19,7 @@ from ._schedules import Schedule
 
 Place = tuple[int, torch.Size, tuple[int, ...]]
 NonFinite = Literal["skip", "raise", "ignore"]
+Rounding = Literal["nearest", "stochastic"]
 
 # Memory that some average has lent its weights to at this moment: nobody may average it, or lend
 # it a second time, until it is given back. Process-wide, since averages of one model are many.
@@ -35,12 +36,14 @@ class Memory:
     initial: float = 1.0  # weight of the weights at construction
     age: float = 0.0  # mean age of what is averaged, the initial weights included
     squares: float = 0.0  # sum of the squared weights of all updates
+    share: float = 1.0  # weight of the live weights in the last update
 
     def fold(self, decay: float, elapsed: float) -> None:
         """One update by `decay`, `elapsed` after the one before."""
         self.initial *= decay
         self.age = decay * (self.age + elapsed)
         self.squares = decay * decay * self.squares + (1.0 - decay) ** 2
+        self.share = 1.0 - decay
 
     @property
     def noise_window(self) -> float:
@@ -83,6 +86,8 @@ class Engine:
             tensor's own.
         device: where the averages live; None follows each live tensor.
         nonfinite: what to do with live elements that are NaN or infinite.
+        rounding: how a mixed value is rounded to storage.
+        seed: of stochastic rounding.
     """
 
     def __init__(
@@ -94,11 +99,17 @@ class Engine:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         nonfinite: NonFinite = "skip",
+        rounding: Rounding = "nearest",
+        seed: int = 0,
     ) -> None:
         if nonfinite not in get_args(NonFinite):
             raise ArgumentError(
                 f"nonfinite must be 'skip', 'raise' or 'ignore', got {nonfinite!r}."
             )
+        if rounding not in get_args(Rounding):
+            raise ArgumentError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}.")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ArgumentError(f"seed must be a whole number, got {seed!r}.")
         if dtype is not None and not dtype.is_floating_point:
             raise ArgumentError(f"dtype must be a floating point dtype, got {dtype}.")
         for schedule in schedules:
@@ -112,6 +123,8 @@ class Engine:
         self.entries = inventory.averaged()
         self.slots = {entry.name: slot for slot, entry in enumerate(self.entries)}
         self.nonfinite: NonFinite = nonfinite
+        self.rounding: Rounding = rounding
+        self.seed = seed
         self.loan: Loan | None = None
         self._device = torch.device(device) if device is not None else None
         self._dtype = dtype
@@ -196,7 +209,8 @@ class Engine:
     def fold(self, weights: Sequence[float], rows: Sequence[Row]) -> None:
         """Mix the live tensors into `rows`, under the guard against NaN and inf."""
         for slots, plan in self._plans(rows):
-            counts = plan.mix_(weights, guard=self.nonfinite != "ignore")
+            keys = self._rounding_keys(slots)
+            counts = plan.mix_(weights, guard=self.nonfinite != "ignore", keys=keys)
             for slot, count in counts.items():
                 name = self.entries[slots[slot]].name
                 self.held_back[name] = self.held_back.get(name, 0) + count
@@ -374,6 +388,28 @@ class Engine:
             self._cached = ([place_of(tensor) for tensor in live], plans)
         return plans
 
+    def _rounding_keys(self, slots: Sequence[int]) -> list[int] | None:
+        if self.rounding == "nearest":
+            return None
+        update = self.updates + 1
+        return [kernels.stream_key(self.seed, self.entries[slot].name, update) for slot in slots]
+
+    def stall_gap(self, row: int) -> float:
+        """Relative gap between live and average below which rounding swallows the last update.
+
+        unit roundoff / (1 - decay), within a factor of two by the mantissa; the largest over the
+        storage dtypes. Stochastic rounding has none.
+        """
+        share = self.rows[row].memory.share
+        dtypes = [dtype for dtype in self._dtypes if not self._never_stalls(dtype)]
+        if share == 0.0 or not dtypes:
+            return 0.0
+        return max(unit_roundoff(dtype) for dtype in dtypes) / share
+
+    def _never_stalls(self, dtype: torch.dtype) -> bool:
+        """Stochastic rounding moves the mean by however little; float64 is rounded to nearest."""
+        return self.rounding == "stochastic" and dtype not in (torch.float64, torch.complex128)
+
     def _check_expressible(self, decays: Sequence[float], elapsed: float) -> None:
         """Refuse, before the first update, a constant decay that the storage cannot express."""
         if self.updates:
@@ -384,11 +420,12 @@ class Engine:
                 continue
             share = -math.expm1(elapsed * math.log(per_unit))
             for entry, tensor in zip(self.entries, row.tensors, strict=True):
-                if share < unit_roundoff(tensor.dtype):
+                if share < unit_roundoff(tensor.dtype) and not self._never_stalls(tensor.dtype):
                     raise ArgumentError(
                         f"1 - decay must be at least {unit_roundoff(tensor.dtype):.2g}, the "
                         f"rounding of {tensor.dtype}, got {share:.2g} an update: {entry.name!r} "
-                        "would never move. Store the average in a wider dtype or update less often."
+                        "would never move. Store the average in a wider dtype, update less often, "
+                        'or use rounding="stochastic".'
                     )
 
     def _warn_if_stalled(self, decays: Sequence[float]) -> None:
@@ -396,10 +433,10 @@ class Engine:
             if decay == 1.0:
                 continue
             for dtype in self._dtypes:
-                if 1.0 - decay < unit_roundoff(dtype):
+                if 1.0 - decay < unit_roundoff(dtype) and not self._never_stalls(dtype):
                     row.stalled = (
                         "the average no longer moves: 1 - decay is below the rounding of "
-                        f"{dtype}; store it in a wider dtype"
+                        f'{dtype}; store it in a wider dtype, or use rounding="stochastic"'
                     )
                     self.warn_once(f"stall {index}", f"{row.stalled}.", depth=3)
 

@@ -36,6 +36,9 @@ class Report:
         mean_age: how old the averaged weights are on average, in units of time.
         noise_window: the number of equally weighted weight vectors that average as much noise away.
         distance: norm of (average - live) over the norm of live; None while neither is finite.
+        stall_gap: relative gap between live and average below which rounding to storage swallows
+            an update like the last one (unit roundoff over 1 - decay, within a factor of two); 0
+            with stochastic rounding.
         stored_bytes: memory that the average holds.
         tensors: every tensor with its role and the reason.
         nonfinite: live elements that were NaN or inf at some update, counted by name.
@@ -49,6 +52,7 @@ class Report:
     mean_age: float
     noise_window: float
     distance: float | None
+    stall_gap: float
     stored_bytes: int
     tensors: tuple[TensorReport, ...]
     nonfinite: dict[str, int]
@@ -65,6 +69,7 @@ class Report:
             f"  initial weight {self.initial_weight:.3g}",
             "  distance       "
             + ("unknown" if self.distance is None else f"{self.distance:.3g} of the live weights"),
+            f"  stalls         at a relative gap of {self.stall_gap:.2g} between live and average",
             f"  holds          {len(averaged)} tensors, {self.stored_bytes:,} bytes",
         ]
         reasons: dict[tuple[str, str], list[TensorReport]] = {}
@@ -91,6 +96,7 @@ def report(engine: Engine, row: int, *, rule: str, stored: Sequence[Tensor]) -> 
         mean_age=kept.age,
         noise_window=kept.noise_window,
         distance=_distance(engine, values),
+        stall_gap=engine.stall_gap(row),
         stored_bytes=sum(t.numel() * t.element_size() for t in stored),
         tensors=_tensors(engine),
         nonfinite={name: int(n) for name, n in engine.held_back.items() if int(n)},

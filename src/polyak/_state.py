@@ -38,6 +38,7 @@ def engine_state(engine: Engine, kind: str, rows: Mapping[str, int]) -> dict[str
             "steps": engine.steps,
             "history": engine.history.state(),
         },
+        "rounding": {"mode": engine.rounding, "seed": engine.seed},
         "nonfinite": {name: int(count) for name, count in engine.held_back.items()},
         "averages": {name: _row_state(engine, row, copies=lent) for name, row in rows.items()},
     }
@@ -89,6 +90,7 @@ def load_engine_state(
         raise ArgumentError(f"live must be 'restore' or 'leave', got {live!r}.")
     clock = _clock(state)
     incidents = _incidents(engine, state)
+    _check_rounding(engine, part(state, "rounding", Mapping))
     rows = [_row(engine, part(averages, name, Mapping)) for name in names]
     pasts = _pasts(
         engine, [averages[name] for name in names], history=clock[-1], same=schedule == "same"
@@ -163,6 +165,16 @@ def _incidents(engine: Engine, state: Mapping[str, Any]) -> dict[str, Tensor | i
     return {name: part(counts, name, int) for name in counts}
 
 
+def _check_rounding(engine: Engine, saved: Mapping[str, Any]) -> None:
+    mode, seed = part(saved, "mode", str), part(saved, "seed", int)
+    same = mode == engine.rounding and (mode == "nearest" or seed == engine.seed)
+    if not same:
+        raise MatchError(
+            f"the state must be of an average with rounding={engine.rounding!r} and "
+            f"seed={engine.seed}, got {mode!r} and {seed}. Build the average as it was saved."
+        )
+
+
 def _row(
     engine: Engine, saved: Mapping[str, Any]
 ) -> tuple[Mapping[str, Tensor], Memory, dict[str, Tensor]]:
@@ -171,7 +183,7 @@ def _row(
     check_tensors(engine, tensors)
     numbers = part(saved, "memory", Mapping)
     memory = Memory(**{f.name: part(numbers, f.name, float, int) for f in fields(Memory)})
-    if not all(math.isfinite(v) and v >= 0.0 for v in (memory.initial, memory.age, memory.squares)):
+    if not all(math.isfinite(v) and v >= 0.0 for v in asdict(memory).values()):
         raise ArgumentError(
             f"the state's memory must be finite and not negative, got {memory}. "
             "The file is damaged; take an older one."

@@ -17,12 +17,15 @@ from ._flat import overlaps_itself as overlaps_itself
 from ._flat import write_ as write_
 from ._foreach import ForeachPlan
 from ._mean import mean_ as mean_
+from ._rounding import stream_key as stream_key
 
 
 class MixPlan(Protocol):
     """Live tensors and the averages they flow into, ready to be mixed again and again."""
 
-    def mix_(self, weights: Sequence[float], *, guard: bool) -> dict[int, Tensor]:
+    def mix_(
+        self, weights: Sequence[float], *, guard: bool, keys: Sequence[int] | None = None
+    ) -> dict[int, Tensor]:
         """Fold the live tensors into each average; return elements held back, by slot."""
 
     def not_finite(self) -> dict[int, int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._elements import FLOAT8, all_finite, as_real, held_back, lerp_, lerp_finite_, widened
 from ._flat import flat_views
+from ._rounding import element_indices, hashed_bits
 
 # Elements. Measured on 2 cores: at 256k the calls cost more, above 1M the check and the mixing read
 # the memory twice.
@@ -33,9 +34,9 @@ class BlockPlan:
         suspects: set[int],
     ) -> None:
         self._blocks = [
-            (slot, rows, piece)
+            (slot, rows, piece, start)
             for slot, tensor in enumerate(live)
-            for rows, piece in _cut([row[slot] for row in averages], tensor)
+            for rows, piece, start in _cut([row[slot] for row in averages], tensor)
         ]
         # The quick check looks at the live weights only, and in float32 range. An average that
         # starts out with NaN or inf (as the model did) takes the exact path until it is healed,
@@ -46,24 +47,48 @@ class BlockPlan:
         }
 
     @torch.no_grad()
-    def mix_(self, weights: Sequence[float], *, guard: bool) -> dict[int, Tensor]:
+    def mix_(
+        self, weights: Sequence[float], *, guard: bool, keys: Sequence[int] | None = None
+    ) -> dict[int, Tensor]:
         """Fold the live tensors into each average with its weight.
+
+        Args:
+            weights: of the live tensors, one for each average.
+            guard: hold back live elements that are not finite.
+            keys: one for each slot to round stochastically with; None rounds to nearest.
 
         Returns:
             Elements held back because they were not finite, by slot.
         """
         found: dict[int, Tensor] = {}
-        for slot, rows, piece in self._blocks:
+        for slot, rows, piece, start in self._blocks:
             live = widened(piece, rows[0])
+            bits = None if keys is None else self._bits(slot, keys[slot], rows[0], start)
             if not guard or (slot not in self._exact and _surely_finite(live)):
                 for average, weight in zip(rows, weights, strict=True):
-                    lerp_(average, live, weight)
+                    lerp_(average, live, weight, bits)
                 continue
-            counts = [lerp_finite_(a, live, w) for a, w in zip(rows, weights, strict=True)]
+            counts = [lerp_finite_(a, live, w, bits) for a, w in zip(rows, weights, strict=True)]
             if counts[0]:
                 found[slot] = counts[0] + found.get(slot, 0)
         self._forget_healed()
         return found
+
+    def _bits(self, slot: int, key: int, piece: Tensor, start: int) -> Tensor:
+        """Hashed bits for one block; elements are counted in logical order, not in memory's."""
+        whole = self._averages[0][slot]
+        if piece.shape == whole.shape:
+            return hashed_bits(key, element_indices(piece))
+        if whole.is_contiguous():
+            parts = 2 if whole.is_complex() else 1
+            first, count = start * parts, piece.numel() * parts
+            index = torch.arange(first, first + count, device=whole.device)
+            return hashed_bits(key, index).view(as_real(piece).shape)
+        flat = flat_views([element_indices(whole)])
+        assert flat is not None, "blocks are cut from dense tensors"
+        parts = flat[0].numel() // whole.numel()
+        index = flat[0][start * parts : (start + piece.numel()) * parts]
+        return hashed_bits(key, index).view(as_real(piece).shape)
 
     def _forget_healed(self) -> None:
         for slot in list(self._suspects):
@@ -75,7 +100,7 @@ class BlockPlan:
     def not_finite(self) -> dict[int, int]:
         """Count the live elements that the guard would hold back, by slot; writes nothing."""
         counts: dict[int, int] = {}
-        for slot, rows, piece in self._blocks:
+        for slot, rows, piece, _ in self._blocks:
             live = widened(piece, rows[0])
             sure = slot not in self._exact and _surely_finite(live)
             if not sure and (count := int(held_back(rows[0], live).sum())):
@@ -83,15 +108,16 @@ class BlockPlan:
         return counts
 
 
-def _cut(rows: list[Tensor], live: Tensor) -> list[tuple[list[Tensor], Tensor]]:
+def _cut(rows: list[Tensor], live: Tensor) -> list[tuple[list[Tensor], Tensor, int]]:
+    """The same stretch of each average and of the live tensor, and where it starts."""
     if live.numel() == 0:
         return []
     flat = flat_views([*rows, live])
     if flat is None:  # other strides: correct as a whole, only without the cache
-        return [(rows, live)]
+        return [(rows, live, 0)]
     *rows, live = flat
     return [
-        ([row[start : start + BLOCK] for row in rows], live[start : start + BLOCK])
+        ([row[start : start + BLOCK] for row in rows], live[start : start + BLOCK], start)
         for start in range(0, live.numel(), BLOCK)
     ]
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ._rounding import round_stochastically
+
 # Narrower storage is mixed in float32 and rounded once, at the end.
 WIDE = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 
@@ -37,15 +39,27 @@ def widened(tensor: Tensor, like: Tensor) -> Tensor:
     return wide.resolve_conj()  # views as real numbers need it; free for all others
 
 
-def lerp_(average: Tensor, live: Tensor, weight: float) -> None:
+def lerp_(average: Tensor, live: Tensor, weight: float, bits: Tensor | None = None) -> None:
     """average += weight * (live - average), computed in float32 or wider and rounded once.
 
     Both ends are exact: weight 0 leaves the average alone, weight 1 copies.
+
+    Args:
+        average: written in place.
+        live: of the same shape.
+        weight: in [0, 1].
+        bits: round stochastically with these, 32 for each real number; None rounds to nearest.
+            float64 has nothing wider to be rounded from, and is always rounded to nearest.
     """
     if weight == 0.0:
         return
     if weight == 1.0:
         average.copy_(widened(live, average))
+    elif bits is not None and average.dtype not in (torch.float64, torch.complex128):
+        stored, new = as_real(average), as_real(widened(live, average))
+        wide = torch.float64 if stored.dtype == torch.float32 else torch.float32
+        mixed = stored.to(wide).lerp_(new.to(wide), weight)
+        stored.copy_(round_stochastically(mixed, stored.dtype, bits))
     elif average.dtype in WIDE:
         as_real(average).lerp_(as_real(widened(live, average)), weight)
     else:
@@ -70,7 +84,9 @@ def held_back(average: Tensor, live: Tensor) -> Tensor:
     return ~_usable(average, live) & (live != widened(average, average))
 
 
-def lerp_finite_(average: Tensor, live: Tensor, weight: float) -> Tensor:
+def lerp_finite_(
+    average: Tensor, live: Tensor, weight: float, bits: Tensor | None = None
+) -> Tensor:
     """`lerp_` where the live element is finite in storage dtype; elsewhere the average stays.
 
     An element of the average that is itself not finite (the model was built with it) is replaced by
@@ -86,8 +102,9 @@ def lerp_finite_(average: Tensor, live: Tensor, weight: float) -> Tensor:
     usable = _usable(average, live)
     both = usable & torch.isfinite(old)
     base, new = (torch.where(both, t, torch.zeros_like(t)) for t in (old, live))
-    mixed = base.clone()
-    lerp_(mixed, new, weight)
+    stored = base.to(average.dtype, copy=True)
+    lerp_(stored, new, weight, bits)
+    mixed = widened(stored, average)
     # x - y overflows when both are huge and of opposite sign; the convex form cannot.
     mixed = torch.where(torch.isfinite(mixed), mixed, base * (1.0 - weight) + new * weight)
     average.copy_(torch.where(both, mixed, torch.where(usable, live, old)))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._elements import WIDE, as_real, held_back, lerp_, lerp_finite_, widened
+from ._rounding import element_indices, hashed_bits
 
 
 class ForeachPlan:
@@ -26,26 +27,32 @@ class ForeachPlan:
         self._averages, self._live = averages, live
 
     @torch.no_grad()
-    def mix_(self, weights: Sequence[float], *, guard: bool) -> dict[int, Tensor]:
+    def mix_(
+        self, weights: Sequence[float], *, guard: bool, keys: Sequence[int] | None = None
+    ) -> dict[int, Tensor]:
         """Fold the live tensors into each average with its weight; see `BlockPlan.mix_`.
 
         The counts stay on the device, so a slot may be listed with a count of zero.
         """
         found: dict[int, Tensor] = {}
+        bits: list[Tensor | None] = [None] * len(self._live)
+        if keys is not None:
+            pairs = zip(keys, self._averages[0], strict=True)
+            bits = [hashed_bits(key, element_indices(average)) for key, average in pairs]
         for row, (averages, weight) in enumerate(zip(self._averages, weights, strict=True)):
             if guard:
                 for slot, (average, live) in enumerate(zip(averages, self._live, strict=True)):
-                    count = lerp_finite_(average, live, weight)
+                    count = lerp_finite_(average, live, weight, bits[slot])
                     if row == 0:
                         found[slot] = count
-            elif 0.0 < weight < 1.0 and _one_dtype(averages):
+            elif keys is None and 0.0 < weight < 1.0 and _one_dtype(averages):
                 live_wide = [
                     as_real(widened(x, y)) for x, y in zip(self._live, averages, strict=True)
                 ]
                 torch._foreach_lerp_([as_real(y) for y in averages], live_wide, weight)
             else:
-                for average, live in zip(averages, self._live, strict=True):
-                    lerp_(average, live, weight)
+                for average, live, own in zip(averages, self._live, bits, strict=True):
+                    lerp_(average, live, weight, own)
         return found
 
     @torch.no_grad()
