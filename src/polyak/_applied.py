@@ -20,7 +20,8 @@ def applied(engine: Engine, row: int = 0) -> Iterator[None]:
     pointing at the same memory, and a graph built before the block is valid after it. Where dtype,
     device and memory order agree, live and average swap values through 16 MiB of scratch.
     Elsewhere, and where somebody holds a view of the average, the live values wait in a copy.
-    Buffers always do, so that a forward pass in training mode costs nothing.
+    Buffers always do, so that a forward pass in training mode costs nothing. What is computed
+    inside must be differentiated inside: later, a backward pass reads the trained weights.
 
     Raises:
         OrderError: on entry, inside another block over the same weights, or for a damaged average;
@@ -55,6 +56,7 @@ class _Lender:
 
     def __init__(self, engine: Engine, row: int) -> None:
         self._engine, self._row = engine, row
+        self._lent: list[Tensor] = []  # fingerprints of what was lent, once all of it was
         self.changed: list[str] = []  # parameters that somebody else wrote, replaced or moved
         averages = engine.values(row)
         engine.drop_plans()  # their views would count as somebody looking
@@ -105,9 +107,7 @@ class _Lender:
             self._loan.live[live.entry.name] = live.backup
         self._engine.lend(self._loan)
         self._exchange.do()
-        for parameter in self._parameters:
-            if parameter.swapped:
-                parameter.lent = kernels.fingerprint(parameter.data)
+        self._lent = kernels.fingerprints([p.data for p in self._parameters if p.swapped])
         for live, average in self._copies:
             if average is not None:
                 kernels.write_(live.data, average)
@@ -140,23 +140,33 @@ class _Lender:
     def _restore(self) -> None:
         for live in (*self._parameters, *self._buffers):
             live.point_back()
-        for parameter in self._parameters:
-            if parameter.swapped and parameter.written():
-                self._engine.rows[
-                    self._row
-                ].damage = (
-                    f"{parameter.entry.name!r} was changed inside applied(), in shared memory"
-                )
+        self._look_for_changes()
         self._exchange.undo()
         for live, _ in self._copies:
             if live.backup is not None:
                 kernels.write_(live.data, live.backup)
-        self.changed += [p.entry.name for p in self._parameters if p.written() or p.moved]
         self._engine.end_loan()
         # A traceback that somebody keeps holds these, and with them views of the averages.
         self._exchange.forget()
         self._parameters, self._buffers, self._copies = [], [], []
         self._loan = Loan(self._row, [], {}, self._memory)
+
+    def _look_for_changes(self) -> None:
+        """Note parameters that somebody wrote, before the way back writes them too."""
+        swapped = [p for p in self._parameters if p.swapped]
+        written = {id(p) for p in self._parameters if version_of(p.tensor) != p.version}
+        if self._lent:  # all was lent, and this is asked for the first time
+            now = kernels.fingerprints([p.data for p in swapped])
+            written |= {id(swapped[i]) for i in kernels.differing(self._lent, now)}
+            self._lent = []
+        for parameter in self._parameters:
+            name = parameter.entry.name
+            if (id(parameter) in written or parameter.moved) and name not in self.changed:
+                self.changed.append(name)
+            if id(parameter) in written and parameter.swapped:
+                self._engine.rows[
+                    self._row
+                ].damage = f"{name!r} was changed inside applied(), in shared memory"
 
     def blame(self) -> str:
         """What happened inside the block, and what it means now."""
@@ -185,18 +195,7 @@ class _Live:
         self.version = version_of(self.tensor)
         self.backup: Tensor | None = None
         self.swapped = False  # it holds the average's values in exchange for its own
-        self.lent: int | None = None  # fingerprint of what was lent, once all of it was
         self.moved = False
-        self._written = False
-
-    def written(self) -> bool:
-        """Whether the tensor was written in place since the block began; asked before the end."""
-        if version_of(self.tensor) != self.version:
-            self._written = True
-        if self.lent is not None:
-            self._written = self._written or kernels.fingerprint(self.data) != self.lent
-            self.lent = None  # asked once: after the way back the bits are others
-        return self._written
 
     def point_back(self) -> None:
         """Undo a replaced object, and a cast or move in place."""

@@ -51,6 +51,9 @@ class Uses:
         also on an exception or a KeyboardInterrupt. Cost: 16 MiB of scratch; one copy of the live
         weights where dtypes differ, and while somebody holds `tensors` or `state_dict()`.
 
+        A graph built before the block is valid after it. One built inside must be differentiated
+        inside: after the block its backward pass would read the trained weights.
+
         Raises:
             OrderError: inside another `applied()` over the same weights; for a lost average; on
                 exit, when a parameter was changed inside the block.

@@ -1,6 +1,7 @@
 """The one thing with state: live tensors, the averages of them, a clock, and schedules."""
 
 import math
+import numbers
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -256,11 +257,10 @@ class Engine:
                     f"{entry.name!r} must keep its shape {list(average.shape)}, got "
                     f"{list(live.shape)}. Build a new average after layers are resized."
                 )
-            kept = live.is_complex() if average.is_complex() else live.is_floating_point()
-            if not kept:
+            if kind(live) != kind(average):
                 raise MatchError(
-                    f"{entry.name!r} must stay {'complex' if average.is_complex() else 'floating'}"
-                    f", got {live.dtype}. Build a new average after layers are converted."
+                    f"{entry.name!r} must stay {kind(average)}, got {live.dtype}. "
+                    "Build a new average after layers are converted."
                 )
 
     def check_not_lent(self, action: str) -> None:
@@ -458,12 +458,11 @@ def check_memory_not_lent(tensors: Iterable[Tensor], action: str) -> None:
         )
 
 
-def check_time(now: float) -> float:
-    """`now` as a finite number, ints kept as they are."""
-    value = now if isinstance(now, int) else float(now)
-    if not math.isfinite(value):
+def check_time(now: object) -> float:
+    """`now` as a plain finite number, whole ones kept whole."""
+    if isinstance(now, bool) or not isinstance(now, numbers.Real) or not math.isfinite(now):
         raise ArgumentError(f"now must be a finite number, got {now!r}.")
-    return value
+    return int(now) if isinstance(now, numbers.Integral) else float(now)
 
 
 def show_time(now: float) -> str:
@@ -476,10 +475,10 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def check_decay(decay: float, schedule: Schedule) -> float:
+def check_decay(decay: object, schedule: Schedule) -> float:
     """The share of the old average that survives, in [0, 1]."""
-    if not 0.0 <= decay <= 1.0:
-        raise ArgumentError(f"decay must be in [0, 1], got {decay!r} from {schedule!r}.")
+    if not (isinstance(decay, numbers.Real) and 0.0 <= decay <= 1.0):
+        raise ArgumentError(f"decay must be a number in [0, 1], got {decay!r} from {schedule!r}.")
     return float(decay)
 
 
@@ -495,6 +494,15 @@ def check_undamaged(row: Row) -> None:
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Half the distance from 1 to the next number: 2**-8 for bfloat16, 2**-24 for float32."""
     return float(torch.finfo(dtype).eps) / 2.0
+
+
+def kind(tensor: Tensor) -> str:
+    """What its values are: casts within a kind keep their meaning."""
+    if tensor.is_complex():
+        return "complex"
+    if tensor.is_floating_point():
+        return "floating point"
+    return "boolean" if tensor.dtype == torch.bool else "integer"
 
 
 def plain(tensor: Tensor) -> Tensor:

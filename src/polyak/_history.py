@@ -45,7 +45,11 @@ class History:
         """
         if self._runs:
             last = self._runs[-1]
-            if last[0] == elapsed and last[2] == schedule_index:
+            # A clock of floats jitters in its last digits: i * 0.1 has as many intervals as steps.
+            same = last[0] == elapsed or (
+                isinstance(elapsed, float) and math.isclose(last[0], elapsed, rel_tol=1e-9)
+            )
+            if same and last[2] == schedule_index:
                 last[1] += 1
                 return
         self._runs.append(_checked_run([elapsed, 1, schedule_index]))

@@ -270,7 +270,7 @@ def _pairs(source: object) -> list[tuple[str, Tensor]]:
         if not (named and isinstance(pair[1], Tensor)):
             raise ArgumentError(
                 "the first argument must be a module or tensors by name, got "
-                f"{pair!r:.60} in {type(source).__name__}. Pass model or model.named_parameters()."
+                f"{pair!r:.60} in {type(source).__name__}. Pass the model."
             )
     return found
 
@@ -322,6 +322,10 @@ def _assigner(
         if role == "average" and excluded and any(excluded(n, raw.tensor) for n in names):
             role, why = "live", "in exclude"
         wishes = [wish for name in names if (wish := overridden(name, raw.tensor)) is not None]
+        if len(set(wishes)) > 1:
+            raise ArgumentError(
+                f"roles must agree for the tied names {names}, got {wishes}. Name one role."
+            )
         if wishes:
             role, why = wishes[0], "in roles"
         if role == "average":

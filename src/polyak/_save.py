@@ -95,7 +95,8 @@ def load_weights(path: str | PathLike[str], model: nn.Module | None = None) -> d
     """
     tensors, metadata = read_tensors(Path(path))
     for name, kept in {**metadata, **_own_ties(metadata)}.items():
-        if name not in tensors and kept in tensors:
+        # safetensors.torch.save_model notes ties as {dropped name: kept name}; "format" is no tie.
+        if name != "format" and name not in tensors and kept in tensors:
             tensors[name] = tensors[kept]
     if model is not None:
         load_into(model, tensors, str(path))

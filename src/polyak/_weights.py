@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _kernels as kernels
-from ._engine import Engine, check_memory_not_lent
+from ._engine import Engine, check_memory_not_lent, kind
 from ._errors import ArgumentError, MatchError
 from ._roles import Entry, Inventory, take_inventory
 
@@ -40,7 +40,7 @@ def full_set(engine: Engine, row: int = 0, dtype: torch.dtype | None = None) -> 
 def _as(source: Tensor, device: torch.device, dtype: torch.dtype, name: str) -> Tensor:
     """Make a copy in `dtype`; what fits the average must not become infinite in a file."""
     result = source.detach().to(device, dtype, copy=True)
-    if dtype in (torch.float16, *kernels.FLOAT8) and source.dtype != dtype:
+    if dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(source.dtype).max:
         lost = int((torch.isfinite(source) & ~torch.isfinite(result.to(torch.float32))).sum())
         if lost:
             raise ArgumentError(
@@ -99,7 +99,7 @@ def _check_targets(ours: Inventory, theirs: Inventory) -> None:
     for name, index in ours.index.items():
         mine = ours.entries[index].live()
         there = theirs.entries[theirs.index[name]].live()
-        if mine.shape != there.shape or mine.is_complex() != there.is_complex():
+        if mine.shape != there.shape or kind(mine) != kind(there):
             raise MatchError(
                 f"{name!r} must have one shape and kind, got {list(mine.shape)} {mine.dtype} in "
                 f"the average and {list(there.shape)} {there.dtype} in the module."
@@ -110,6 +110,7 @@ def _check_targets(ours: Inventory, theirs: Inventory) -> None:
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
     """Write tensors into a model by canonical name, after all of them were checked."""
     target = take_inventory(model)
+    check_memory_not_lent((entry.live() for entry in target.entries), "load_weights")
     names = [name for name, _ in target.order]
     missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
     if missing or extra:
@@ -121,7 +122,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> N
     for name, index in target.order:
         live = target.entries[index].live()
         value = tensors[name]
-        if live.shape != value.shape or live.is_complex() != value.is_complex():
+        if live.shape != value.shape or kind(live) != kind(value):
             raise MatchError(
                 f"{name!r} must have shape {list(live.shape)} and kind {live.dtype} as in the "
                 f"model, got {list(value.shape)} {value.dtype} in {origin}."

@@ -1,5 +1,6 @@
 """The simple moving average: the exact mean of the last k weight vectors."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -100,7 +101,7 @@ class Window(Uses):
         engine = self._engine
         time, _ = engine.next_time(now)
         engine.check_may_update()
-        due = (time - engine.origin) // self.every > (engine.now - engine.origin) // self.every
+        due = self._captures_by(time) > self._captures_by(engine.now)
         if due:
             self._capture(time)
         engine.commit(time)
@@ -162,6 +163,10 @@ class Window(Uses):
         for captured in ring:
             check_tensors(self._engine, captured)
         return ring, times
+
+    def _captures_by(self, time: float) -> int:
+        """Multiples of `every` up to `time`; 0.3 is three times 0.1, whatever floats say."""
+        return math.floor((time - self._engine.origin) / self.every * (1.0 + 1e-12) + 1e-12)
 
     def _capture(self, time: float) -> None:
         """Take the live weights into the oldest place of the ring."""

@@ -12,7 +12,8 @@ from ._elements import lerp_ as lerp_
 from ._elements import storage_dtype as storage_dtype
 from ._exchange import Exchange as Exchange
 from ._exchange import can_exchange as can_exchange
-from ._exchange import fingerprint as fingerprint
+from ._fingerprint import differing as differing
+from ._fingerprint import fingerprints as fingerprints
 from ._flat import overlaps_itself as overlaps_itself
 from ._flat import write_ as write_
 from ._foreach import ForeachPlan

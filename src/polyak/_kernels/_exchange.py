@@ -20,20 +20,6 @@ def can_exchange(live: Tensor, average: Tensor) -> bool:
     )
 
 
-@torch.no_grad()
-def fingerprint(tensor: Tensor) -> int:
-    """A sum over the bits of a dense tensor: one fast read that tells whether they changed.
-
-    Writes through `.data` pass by the version counter of a parameter; the bits show them.
-    """
-    (flat,) = flat_views([tensor]) or [tensor.reshape(-1)]
-    bits = flat.view(torch.uint8)
-    whole = bits.numel() // 8 * 8
-    if bits.storage_offset() % 8:  # cannot be read eight bytes at a time
-        return int(bits.sum(dtype=torch.int64))
-    return int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum(dtype=torch.int64))
-
-
 class Exchange:
     """Swap pairs of tensors; `undo` brings every bit back, from wherever the swap stopped.
 
