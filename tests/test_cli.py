@@ -142,3 +142,15 @@ def test_without_typer_the_command_says_what_to_install(
     said = capsys.readouterr().err
     assert 'got no typer. Run: pip install "polyak[cli]"' in said
     assert said.count("\n") == 1
+
+
+def test_without_scikit_learn_the_study_says_what_to_install() -> None:
+    """Exit code 1 and the exact line, from a process that cannot import it."""
+    code = (
+        "import sys; sys.modules['sklearn'] = None\n"
+        "from polyak.cli import main; sys.exit(main(['study']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert 'got no scikit-learn. Run: pip install "polyak[study]"' in ended.stderr
+    assert ended.stderr.count("\n") == 1

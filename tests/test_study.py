@@ -445,10 +445,13 @@ def test_the_live_curve_is_early_stopped_like_the_average() -> None:
     """Both get the patience: the live curve's later, lower value is out of its reach."""
     live = [[3.0, 1.0, 2.0, 2.0, 2.0, 0.5]]
     average = [[3.0, 2.0, 1.5, 1.2, 1.1, 1.0]]
-    row = made(live, average, patience=3).outcome.live
-    assert (row.best, row.stop) == ([2], [5])
-    assert row.values["best"]["validation"]["MSE"] == [1.0]
-    assert row.values["stop"]["validation"]["MSE"] == [0.5]
+    outcome = made(live, average, patience=3).outcome
+    assert (outcome.live.best, outcome.live.stop) == ([2], [5])
+    assert outcome.live.values["best"]["validation"]["MSE"] == [1.0]
+    assert outcome.live.values["stop"]["validation"]["MSE"] == [0.5]
+    gained = outcome.rows["EMA 0.9"].gains
+    assert gained["best"]["MSE"].differences == (0.0,)  # 1.0 at both best epochs
+    assert gained["stop"]["MSE"].differences == (-1.0,)  # twice the live 0.5
 
 
 # ---------------------------------------------------------------- training, against a plain loop
@@ -552,7 +555,8 @@ def test_the_run_goes_on_until_every_curve_has_stopped() -> None:
         for name, c in run.curves.items()
         if name != "SWA from 75 %"
     }
-    assert run.stop == stops[LIVE].stop
+    assert run.stop == stops[LIVE].stop < len(run.train_loss)
+    assert not any(stop.ran_out for stop in stops.values())
     assert len(run.train_loss) == max(stop.stop for stop in stops.values())
 
 
@@ -665,9 +669,14 @@ def test_a_study_leaves_the_caller_s_random_state_and_threads_alone() -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_one_epoch_is_enough_for_a_page(tmp_path: Path) -> None:
-    """Curves of one point have no spread, no interval, and a report all the same."""
-    study = run_study(SMALL, seeds=1, epochs=1)
+def exploding(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e30)
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 1}, {"epochs": 3, "optimizer": exploding}])
+def test_poor_runs_get_a_page_too(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Curves of one point have no spread; a diverged run has no figures; both have a report."""
+    study = run_study(replace(SMALL, control=False, **changes), seeds=1)
     assert (study.save(tmp_path / "out") / "report.html").exists()
     assert study.verdict.answer == "not shown"
 
@@ -779,6 +788,10 @@ def test_only_an_earlier_study_is_ever_replaced(tmp_path: Path, small_study: Stu
     assert (out / "report.html").read_text() == "old"
     small_study.save(out, force=True)
     assert (out / "report.html").read_text() != "old"
+    (out / "notes.txt").write_text("what I learned")  # now it holds more than a study
+    with pytest.raises(ArgumentError, match=r"notes\.txt"):
+        small_study.save(out, force=True)
+    assert (out / "notes.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lookalike", "out", "thesis"]
 
 

@@ -8,10 +8,12 @@ from ._errors import AveragingError as AveragingError
 from ._errors import AveragingWarning as AveragingWarning
 from ._errors import MatchError as MatchError
 from ._errors import OrderError as OrderError
+from ._follow import Follower as Follower
 from ._identities import convert as convert
 from ._profiles import Profile as Profile
 from ._profiles import profile as profile
 from ._report import Report as Report
+from ._report import TensorReport as TensorReport
 from ._save import load_weights as load_weights
 from ._save import save as save
 from ._schedules import After as After
@@ -40,6 +42,7 @@ __all__ = [
     "CountRamp",
     "Exponential",
     "ExponentialRamp",
+    "Follower",
     "HalfLifeRamp",
     "InverseGamma",
     "MatchError",
@@ -49,6 +52,7 @@ __all__ = [
     "Profile",
     "Report",
     "Schedule",
+    "TensorReport",
     "Uniform",
     "Window",
     "convert",

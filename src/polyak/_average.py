@@ -64,7 +64,7 @@ class Uses:
             >>> with average.applied():
             ...     y = model(torch.ones(1, 2))
         """
-        self._ready("applied", depth=3)  # contextlib stands between
+        self._ready("applied")
         with applied(self._engine, self._row):
             yield
 
@@ -147,7 +147,19 @@ class Uses:
 
     def _warn_of_unreached_cap(self) -> None:
         for note in unreached_caps(self._engine, self._row):
-            self._engine.warn_once("cap", f"save: {note}.", depth=2)
+            self._engine.warn_once("cap", f"save: {note}.")
+
+    def provenance(self) -> dict[str, Any]:
+        """What a file of these weights says about them: the rule, clock and memory."""
+        self._refresh()
+        memory = self._engine.rows[self._row].memory
+        return {
+            "rule": self._rule(),
+            "now": self.now,
+            "updates": self.updates,
+            "initial_weight": memory.initial,
+            "mean_age": memory.age,
+        }
 
     def _stored(self) -> list[Tensor]:
         """All memory that this average holds."""
@@ -156,13 +168,13 @@ class Uses:
     def _refresh(self) -> None:
         """Bring the stored average up to date where it is computed on demand."""
 
-    def _ready(self, action: str, *, depth: int = 2) -> None:
+    def _ready(self, action: str) -> None:
         """Check what every use relies on, and warn of an average that was never updated."""
         self._refresh()
         self._engine.inventory.look_again()
         self._engine.check_live()
         if self._engine.live_changed_unseen():
-            self._engine.warn_once("unseen", f"{action}: {UNSEEN}.", depth=depth)
+            self._engine.warn_once("unseen", f"{action}: {UNSEEN}.")
 
 
 @final

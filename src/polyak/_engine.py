@@ -1,11 +1,13 @@
 """The one thing with state: live tensors, the averages of them, a clock, and schedules."""
 
+import inspect
 import math
 import numbers
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
@@ -111,14 +113,10 @@ class Engine:
             raise ArgumentError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}.")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ArgumentError(f"seed must be a whole number, got {seed!r}.")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ArgumentError(f"dtype must be a floating point dtype, got {dtype}.")
+        if dtype is not None:
+            check_dtype(dtype)
         for schedule in schedules:
-            if not callable(schedule):
-                raise ArgumentError(
-                    "schedule must be a schedule such as polyak.Exponential(half_life=1_000) or a "
-                    f"function (now, elapsed) -> decay, got {schedule!r}."
-                )
+            check_schedule(schedule)
         check_some_averaged(inventory)
         self.inventory = inventory
         self.entries = inventory.averaged()
@@ -127,7 +125,7 @@ class Engine:
         self.rounding: Rounding = rounding
         self.seed = seed
         self.loan: Loan | None = None
-        self._device = torch.device(device) if device is not None else None
+        self._device = None if device is None else check_device(device)
         self._dtype = dtype
         self.rows = [Row(s, [], [], Memory(), {}) for s in schedules]
         self._start_clock(check_time(now))
@@ -176,11 +174,15 @@ class Engine:
         ]
         self._check_expressible(decays, elapsed)
         self.check_finite(self.rows)
+        for row in self.rows:  # an interrupt from here on leaves some tensors moved, some not
+            row.damage = "an update was interrupted half-way"
         self.fold([1.0 - decay for decay in decays], self.rows)
         for row, decay in zip(self.rows, decays, strict=True):
             row.memory.fold(decay, elapsed)
             row.norms = {}
         self.commit(now)
+        for row in self.rows:
+            row.damage = ""
         self._warn_if_stalled(decays)  # last: a warning may be an error
         return decays
 
@@ -287,17 +289,11 @@ class Engine:
             if entry.kind != "buffer"
         )
 
-    def warn_once(self, key: str, message: str, *, depth: int) -> None:
-        """Say `message` as a warning, the first time that `key` comes up.
-
-        Args:
-            key: what it is about.
-            message: what to say.
-            depth: calls between the user's line and the one that warns.
-        """
+    def warn_once(self, key: str, message: str) -> None:
+        """Say `message` as a warning at the user's line, the first time that `key` comes up."""
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, AveragingWarning, stacklevel=depth + 2)
+            warnings.warn(message, AveragingWarning, stacklevel=_frames_to_the_user())
 
     def drop_plans(self) -> None:
         """Let go of all views into averages, so that references to their memory can be counted."""
@@ -438,7 +434,7 @@ class Engine:
                         "the average no longer moves: 1 - decay is below the rounding of "
                         f'{dtype}; store it in a wider dtype, or use rounding="stochastic"'
                     )
-                    self.warn_once(f"stall {index}", f"{row.stalled}.", depth=3)
+                    self.warn_once(f"stall {index}", f"{row.stalled}.")
 
 
 # ── checks and small facts ───────────────────────────────────────────────────────────────────────
@@ -458,6 +454,19 @@ def check_memory_not_lent(tensors: Iterable[Tensor], action: str) -> None:
         )
 
 
+def _frames_to_the_user() -> int:
+    """The stack level, for `warnings.warn` in our caller, of the first frame that is not ours."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _is_ours(frame):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_ours(frame: FrameType) -> bool:
+    module = str(frame.f_globals.get("__name__", ""))
+    return module.startswith("polyak.") or module == "contextlib"
+
+
 def check_time(now: object) -> float:
     """`now` as a plain finite number, whole ones kept whole."""
     if isinstance(now, bool) or not isinstance(now, numbers.Real) or not math.isfinite(now):
@@ -475,11 +484,46 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def check_schedule(schedule: object) -> None:
+    """Refuse what cannot be called as `schedule(now=…, elapsed=…)`."""
+    if isinstance(schedule, type) or not callable(schedule):
+        raise ArgumentError(
+            "schedule must be a schedule such as polyak.Exponential(half_life=1_000), or a "
+            f"function of the keywords now and elapsed, got {schedule!r}."
+        )
+    try:
+        inspect.signature(schedule).bind(now=1, elapsed=1)
+    except TypeError as error:
+        raise ArgumentError(
+            f"schedule must take the keywords now and elapsed, got {schedule!r} ({error}). "
+            "Write it as: lambda *, now, elapsed: 0.999**elapsed"
+        ) from None
+    except ValueError:
+        pass  # a builtin that does not say what it takes
+
+
+def check_dtype(dtype: object) -> None:
+    """Refuse what is not a real floating point dtype."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentError(f"dtype must be a floating point torch.dtype, got {dtype!r}.")
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device of that name."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ArgumentError(
+            f"device must be a torch device such as 'cpu' or 'cuda', got {device!r}."
+        ) from None
+
+
 def check_decay(decay: object, schedule: Schedule) -> float:
     """The share of the old average that survives, in [0, 1]."""
-    if not (isinstance(decay, numbers.Real) and 0.0 <= decay <= 1.0):
-        raise ArgumentError(f"decay must be a number in [0, 1], got {decay!r} from {schedule!r}.")
-    return float(decay)
+    value = float(decay) if isinstance(decay, numbers.Real) else math.nan
+    if not 0.0 <= value <= 1.0:
+        raise ArgumentError(f"decay must be in [0, 1], got {decay!r} from {schedule!r}.")
+    return value
 
 
 def check_undamaged(row: Row) -> None:

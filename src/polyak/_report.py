@@ -35,7 +35,7 @@ class Report:
         initial_weight: share that the weights at construction still have, in [0, 1].
         mean_age: how old the averaged weights are on average, in units of time.
         noise_window: the number of equally weighted weight vectors that average as much noise away.
-        distance: norm of (average - live) over the norm of live; None while neither is finite.
+        distance: norm of (average - live) over the norm of live; None where that is no number.
         stall_gap: relative gap between live and average below which rounding to storage swallows
             an update like the last one (unit roundoff over 1 - decay, within a factor of two); 0
             with stochastic rounding.
@@ -174,8 +174,10 @@ def _distance(engine: Engine, values: list[Tensor]) -> float | None:
         x, y = live.to(value.device, wide), value.to(wide)
         apart += float((y - x).abs().square().sum())
         size += float(x.abs().square().sum())
-    if not (math.isfinite(apart) and math.isfinite(size) and size > 0.0):
+    if not (math.isfinite(apart) and math.isfinite(size)):
         return None
+    if size == 0.0:
+        return 0.0 if apart == 0.0 else None
     return math.sqrt(apart / size)
 
 

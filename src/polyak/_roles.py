@@ -64,7 +64,7 @@ class Entry:
         return tensor
 
 
-_Link = tuple[MutableMapping[str, Any], str, nn.Module]  # the modules of a parent, name, child
+_Link = tuple[nn.Module, dict[str, nn.Module | None], int]  # its children, how many tensors
 
 
 @dataclass(eq=False)
@@ -87,13 +87,17 @@ class Inventory:
         return [entry for entry in self.entries if entry.role == "average"]
 
     def follow_modules(self) -> None:
-        """Look again where a module was exchanged since the last look; one test a module.
+        """Look again where a module was exchanged or has grown since the last look.
 
         A wrapper put around a layer, or batch norms converted, keep the parameters and their
         names: that is followed. Other parameters under a name are a `MatchError`.
         """
-        if not all(modules.get(key) is child for modules, key, child in self.links):
-            self.look_again()
+        for module, children, tensors in self.links:
+            if module._modules != children or (
+                len(module._parameters) + len(module._buffers) != tensors
+            ):
+                self.look_again()
+                return
 
     def look_again(self) -> None:
         """Find every tensor by its name; `MatchError` for one that is gone, replaced or new."""
@@ -237,11 +241,10 @@ def _of_module(model: nn.Module) -> tuple[list[_Raw], list[tuple[str, nn.Module]
 
 
 def _links(model: nn.Module) -> list[_Link]:
+    modules = {id(module): module for _, module in walk(model)}.values()
     return [
-        (cast(MutableMapping[str, Any], module._modules), key, child)
-        for _, module in walk(model)
-        for key, child in module._modules.items()
-        if child is not None
+        (module, dict(module._modules), len(module._parameters) + len(module._buffers))
+        for module in modules
     ]
 
 

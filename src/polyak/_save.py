@@ -49,6 +49,7 @@ def save(
     """
     if ties not in ("drop", "copy"):
         raise ArgumentError(f"ties must be 'drop' or 'copy', got {ties!r}.")
+    average._ready("save")
     tensors = average.weights(dtype)
     foreign = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if foreign:
@@ -57,16 +58,7 @@ def save(
             "Use torch.save(average.weights(), path) instead."
         )
     average._warn_of_unreached_cap()
-    report = average.report()
-    about = {
-        "kind": "averaged weights",
-        "rule": report.rule,
-        "now": report.now,
-        "updates": report.updates,
-        "initial_weight": report.initial_weight,
-        "mean_age": report.mean_age,
-        "polyak": _version(),
-    }
+    about = {"kind": "averaged weights", **average.provenance(), "polyak": _version()}
     kept, dropped = _split_ties(tensors)
     if ties == "copy":
         kept |= {name: tensors[name].clone() for name in dropped}
@@ -94,9 +86,10 @@ def load_weights(path: str | PathLike[str], model: nn.Module | None = None) -> d
         MatchError: other names or shapes than the model's.
     """
     tensors, metadata = read_tensors(Path(path))
-    for name, kept in {**metadata, **_own_ties(metadata)}.items():
-        # safetensors.torch.save_model notes ties as {dropped name: kept name}; "format" is no tie.
-        if name != "format" and name not in tensors and kept in tensors:
+    # safetensors.torch.save_model notes ties as {dropped name: kept name} beside {"format": "pt"}.
+    noted = {name: kept for name, kept in metadata.items() if name != "format"}
+    for name, kept in {**noted, **_own_ties(metadata)}.items():
+        if name not in tensors and kept in tensors:
             tensors[name] = tensors[kept]
     if model is not None:
         load_into(model, tensors, str(path))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._elements import FLOAT8, all_finite, as_real, held_back, lerp_, lerp_finite_, widened
 from ._flat import flat_views
-from ._rounding import element_indices, hashed_bits
+from ._rounding import element_indices, hashed_bits, index_range
 
 # Elements. Measured on 2 cores: at 256k the calls cost more, above 1M the check and the mixing read
 # the memory twice.
@@ -41,7 +41,7 @@ class BlockPlan:
         # The quick check looks at the live weights only, and in float32 range. An average that
         # starts out with NaN or inf (as the model did) takes the exact path until it is healed,
         # short-ranged storage always.
-        self._averages, self._suspects = averages, suspects
+        self._averages, self._suspects, self._updates = averages, suspects, 0
         self._exact = suspects | {
             slot for slot, average in enumerate(averages[0]) if average.dtype in _SHORT_RANGE
         }
@@ -82,7 +82,7 @@ class BlockPlan:
         if whole.is_contiguous():
             parts = 2 if whole.is_complex() else 1
             first, count = start * parts, piece.numel() * parts
-            index = torch.arange(first, first + count, device=whole.device)
+            index = index_range(first, first + count, whole.device)
             return hashed_bits(key, index).view(as_real(piece).shape)
         flat = flat_views([element_indices(whole)])
         assert flat is not None, "blocks are cut from dense tensors"
@@ -91,6 +91,14 @@ class BlockPlan:
         return hashed_bits(key, index).view(as_real(piece).shape)
 
     def _forget_healed(self) -> None:
+        """Take slots whose averages have become finite off the exact path.
+
+        Looked for at the 1st, 2nd, 4th, 8th … update: what starts as NaN is nearly always healed by
+        the first one, and what never heals (a mask of infinities) is not read again each time.
+        """
+        self._updates += 1
+        if self._updates & (self._updates - 1):
+            return
         for slot in list(self._suspects):
             if all(all_finite(row[slot]) for row in self._averages):
                 self._suspects.discard(slot)

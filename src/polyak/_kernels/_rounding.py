@@ -15,36 +15,52 @@ def stream_key(seed: int, name: str, update: int) -> int:
 
 
 def hashed_bits(key: int, index: Tensor) -> Tensor:
-    """32 hashed bits, as int32, for each element by its index in the whole tensor (int64).
+    """32 hashed bits, as int32, for each element by its index in the whole tensor.
 
     The finalizer of MurmurHash3 over index and key, twice (its constants are public domain): every
     bit of the result depends on every bit of both. An element has the same bits whoever computes
-    them: any device, block, shard or mesh.
+    them: any device, block, shard or mesh. Several averages of one tensor share them.
+
+    Args:
+        key: from `stream_key`.
+        index: whole numbers from 0, int32 or int64, of any shape.
     """
-    low, high = index.to(torch.int32), (index >> 32).to(torch.int32)
-    return _finish(_finish(low ^ key) ^ high ^ (key >> 7))
+    bits = _finish(index.to(torch.int32) ^ key)
+    bits ^= key >> 7
+    if index.dtype == torch.int64:  # beyond the first 2^31 elements
+        bits ^= (index >> 32).to(torch.int32)
+    return _finish(bits)
 
 
 def element_indices(tensor: Tensor) -> Tensor:
     """The index of each real number of a tensor, counted in logical order whatever its strides.
 
-    Shaped and laid out like `as_real(tensor)`, int64.
+    Shaped and laid out like the tensor, complex numbers as two real ones.
     """
-    parts = 2 if tensor.is_complex() else 1
-    index = torch.arange(tensor.numel() * parts, dtype=torch.int64, device=tensor.device)
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return torch.empty_strided(
-        real.shape, real.stride(), dtype=torch.int64, device=tensor.device
-    ).copy_(index.view(real.shape))
+    index = index_range(0, real.numel(), tensor.device).view(real.shape)
+    if real.is_contiguous():
+        return index
+    laid_out = torch.empty_strided(
+        real.shape, real.stride(), dtype=index.dtype, device=tensor.device
+    )
+    return laid_out.copy_(index)
+
+
+def index_range(start: int, stop: int, device: torch.device) -> Tensor:
+    """The numbers start … stop - 1, in four bytes where they fit."""
+    dtype = torch.int32 if stop <= 2**31 else torch.int64
+    return torch.arange(start, stop, dtype=dtype, device=device)
 
 
 def _finish(h: Tensor) -> Tensor:
-    """Mix the bits of int32 numbers; products wrap, shifts bring in zeros."""
-    h = h ^ ((h >> 16) & 0xFFFF)
-    h = h * -2048144789  # 0x85EBCA6B
-    h = h ^ ((h >> 13) & 0x7FFFF)
-    h = h * -1028477387  # 0xC2B2AE35
-    return h ^ ((h >> 16) & 0xFFFF)
+    """Mix the bits of int32 numbers, in place; products wrap, shifts bring in zeros."""
+    h ^= (h >> 16) & 0xFFFF
+    h *= -2048144789  # 0x85EBCA6B
+    h ^= (h >> 13) & 0x7FFFF
+    h *= -1028477387  # 0xC2B2AE35
+    h ^= (h >> 16) & 0xFFFF
+    return h
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
@@ -58,6 +74,29 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
         dtype: a real floating dtype of at most 32 bits.
         bits: 32 hashed bits an element.
     """
+    if values.dtype == torch.float32 and dtype == torch.bfloat16:
+        return _by_carry(values, dtype, bits & 0xFFFF, 16)
+    if values.dtype == torch.float64 and dtype == torch.float32:
+        return _by_carry(values, dtype, bits.to(torch.int64) & 0x1FFFFFFF, 29)
+    return _by_share(values, dtype, bits)
+
+
+def _by_carry(values: Tensor, dtype: torch.dtype, bits: Tensor, drop: int) -> Tensor:
+    """Add random bits below the last one that is kept and cut them off: the carry rounds up.
+
+    For a pair of formats whose patterns share sign and exponent's place in the number, as the
+    integers of their bits are ordered like their values. What overflows is rounded to nearest
+    instead; so are float32's subnormals (below 1.2e-38), which have fewer bits.
+    """
+    nearest = values.to(dtype)
+    pattern = values.view(bits.dtype)
+    cut = ((pattern + bits) >> drop << drop).view(values.dtype).to(dtype)
+    usual = torch.isfinite(cut) & torch.isfinite(values)
+    return torch.where(usual, cut, nearest)
+
+
+def _by_share(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Find both neighbours; take the outer one as often as the value is nearer to it."""
     nearest = values.to(dtype)
     wide = values.to(torch.float64)
     # Floats of one sign are ordered like the integers of their bits, away from zero. Step back to
