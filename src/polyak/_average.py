@@ -189,8 +189,10 @@ class Average(Uses):
     ones. NaN and inf do not get in.
 
     Args:
-        model_or_tensors: a module, wrapped or not, or tensors by name.
-        schedule: how fast it forgets; the default remembers about a tenth of the run so far.
+        model_or_tensors: a module, wrapped or not, or tensors by name (which must stay the same
+            objects, or be replaced in the same mapping: prefer the module, which is looked up).
+        schedule: how fast it forgets; the default is on average a twentieth of the run old, and as
+            calm as the mean of its last tenth.
         now: the clock at construction, in steps, samples or tokens.
         dtype: storage of real averages; by default float32 for anything narrower, else the
             tensor's own.

@@ -449,8 +449,8 @@ def check_memory_not_lent(tensors: Iterable[Tensor], action: str) -> None:
     """Raise `OrderError` when some average has lent its values to one of these tensors."""
     if _lent_memory & memory_of(tensors):
         raise OrderError(
-            f"{action} must come outside applied(), got it inside: the live model holds averaged "
-            "weights there. Leave the block first."
+            f"{action} must come outside applied() over the same weights, got it inside: the live "
+            "model holds averaged weights there. Leave the block first."
         )
 
 

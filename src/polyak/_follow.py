@@ -1,7 +1,7 @@
 """One update after every step that the optimizer really takes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 from torch.optim import Optimizer
 
@@ -9,6 +9,7 @@ from ._engine import Engine, is_count
 from ._errors import ArgumentError
 
 
+@final
 class Follower:
     """Hooks on an optimizer that update an average; `remove()` takes them off again.
 

@@ -16,7 +16,7 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, final
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class Schedule(Protocol):
 # ── laws in continuous time ──────────────────────────────────────────────────────────────────────
 
 
+@final
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Power:
     """Memory that grows with the run: at time `now`, time s weighs (s / now) ** gamma.
@@ -92,6 +93,7 @@ class Power:
         return _spelled(self)
 
 
+@final
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Exponential:
     """The exponential moving average: a moment of age a weighs decay ** a.
@@ -255,6 +257,7 @@ class Exponential:
         return _spelled(self)
 
 
+@final
 @dataclass(frozen=True)
 class Uniform:
     """The plain mean of the whole run: every moment weighs the same.
@@ -276,6 +279,7 @@ class Uniform:
         return (now - elapsed) / now
 
 
+@final
 @dataclass(frozen=True, repr=False)
 class HalfLifeRamp:
     """A half-life that grows with the run, up to a limit: min(half_life, ratio * time).
@@ -326,6 +330,7 @@ class HalfLifeRamp:
 # ── ramps that count steps ───────────────────────────────────────────────────────────────────────
 
 
+@final
 @dataclass(frozen=True, repr=False)
 class Polynomial:
     """Polynomial-decay averaging: step s weighs about s ** eta.
@@ -369,6 +374,7 @@ class Polynomial:
         return _spelled(self)
 
 
+@final
 @dataclass(frozen=True, repr=False)
 class CountRamp:
     """TensorFlow's warm-up by the number of updates.
@@ -428,6 +434,7 @@ class CountRamp:
         return _spelled(self)
 
 
+@final
 @dataclass(frozen=True, repr=False)
 class ExponentialRamp:
     """YOLOv5's warm-up: the decay itself approaches its final value exponentially.
@@ -473,6 +480,7 @@ class ExponentialRamp:
         return _spelled(self)
 
 
+@final
 @dataclass(frozen=True, repr=False)
 class InverseGamma:
     """The warm-up of k-diffusion, ema-pytorch, timm and diffusers.
@@ -536,6 +544,7 @@ class InverseGamma:
         return _spelled(self)
 
 
+@final
 @dataclass(frozen=True, repr=False)
 class Cosine:
     """The momentum of a self-supervised teacher: from `base` to 1 along half a cosine.
@@ -588,6 +597,7 @@ class Cosine:
         return _spelled(self)
 
 
+@final
 @dataclass(frozen=True, repr=False)
 class After:
     """Follow the live weights until `start`, then average by `schedule` from there.

@@ -121,7 +121,10 @@ def check_header(state: Mapping[str, Any], kind: str) -> None:
             "Load it with the version of polyak that saved it."
         )
     if not isinstance(state["kind"], str) or state["kind"] != kind:
-        raise MatchError(f"the state must be of a polyak.{kind}, got one of {state['kind']!r}.")
+        raise MatchError(
+            f"the state must be of a polyak.{kind}, got one of {state['kind']!r}. "
+            "Load it into the class that saved it."
+        )
 
 
 def part(state: Mapping[str, Any], key: str, *kinds: type) -> Any:
