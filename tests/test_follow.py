@@ -267,3 +267,214 @@ def test_every_must_be_a_whole_number_of_steps(every: Any) -> None:
 
     step(model, optimizer)
     assert average.updates == 0
+
+
+class Wrapped:
+    """A wrapper in the manner of Accelerate's: it holds the optimizer and passes steps on."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def test_a_wrapper_around_the_optimizer_is_looked_into() -> None:
+    """Steps of the wrapper, and of a wrapper around it, are those of the optimizer inside."""
+    model, optimizer = pair()
+    average = polyak.Average(model)
+    average.follow(Wrapped(Wrapped(optimizer)))  # type: ignore[arg-type]
+    model(torch.ones(2, 3)).sum().backward()
+    Wrapped(Wrapped(optimizer)).step()
+    assert average.updates == 1
+
+
+def test_gradient_accumulation_counts_steps_and_not_batches() -> None:
+    """Four micro-batches and one step are one update (REGRESSIONS G3)."""
+    model, optimizer = pair()
+    average = polyak.Average(model)
+    average.follow(optimizer)
+    for batch in range(12):
+        model(torch.ones(2, 3)).sum().backward()
+        if batch % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (average.updates, average.now) == (3, 3)
+
+
+def test_of_several_optimizers_the_last_one_brings_the_update() -> None:
+    """Weights are averaged when every part has stepped, however often the others stepped before."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    first, second = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
+    weight = model.get_parameter("0.weight")
+    average = polyak.Average(model, polyak.Exponential(decay=0.0))
+    average.follow(first, second)
+    for _ in range(3):
+        model(torch.ones(2, 3)).sum().backward()
+        for _ in range(4):
+            first.step()
+            assert average.updates == 0 or not torch.equal(average.tensors["0.weight"], weight)
+        second.step()
+        assert torch.equal(average.tensors["0.weight"], weight)
+    assert (average.updates, average.now) == (3, 3)
+
+
+def test_following_twice_is_following_once() -> None:
+    """The second call replaces the first, with its interval; another optimizer is refused."""
+    model, optimizer = pair()
+    average = polyak.Average(model)
+    old = average.follow(optimizer)
+    new = average.follow(optimizer, every=2)
+    assert (old.active, new.active) == (False, True)
+    for _ in range(4):
+        step(model, optimizer)
+    assert (average.updates, average.now) == (2, 4)
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(polyak.OrderError, match=r"follow\(a, b\)"):
+        average.follow(other)
+    new.remove()
+    average.follow(other)
+
+
+def test_a_clock_of_samples_tells_the_time() -> None:
+    """With `now=` the average lives on the caller's clock, whatever the batch sizes are."""
+    model, optimizer = pair()
+    seen = 0
+    average = polyak.Average(model, polyak.Exponential(half_life=100))
+    average.follow(optimizer, every=2, now=lambda: seen)
+    for batch in (3, 5, 7, 9):
+        seen += batch
+        step(model, optimizer)
+    assert (average.updates, average.now) == (2, 24)
+    with pytest.raises(polyak.ArgumentError, match="now must be a function"):
+        polyak.Average(model).follow(optimizer, now=5)  # type: ignore[arg-type]
+
+
+def test_update_by_hand_takes_the_steps_since_the_last_update() -> None:
+    """Ten real steps are ten units of time, also with an evaluation's update in between."""
+    model, optimizer = pair()
+    average = polyak.Average(model)
+    average.follow(optimizer, every=4)
+    for _ in range(6):
+        step(model, optimizer)
+    average.update()
+    assert average.now == 6
+    for _ in range(4):
+        step(model, optimizer)
+    assert average.now == 10
+    with pytest.raises(polyak.OrderError, match="now must be above 10"):
+        average.update()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, at import
+def test_an_optimizer_that_steps_inside_backward_is_refused() -> None:
+    """Its steps come one parameter at a time; the error says to call `update`."""
+    from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
+
+    model = nn.Linear(3, 1)
+    _apply_optimizer_in_backward(torch.optim.SGD, list(model.parameters()), {"lr": 0.1})
+    inside = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(polyak.ArgumentError, match=r"Call update\(\) after backward"):
+        polyak.Average(model).follow(inside)
+
+
+class Counting(Tensor):
+    """A scalar that counts how often the host asks for its value."""
+
+    asked = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("item", "__bool__", "__float__", "tolist", "numpy", "__int__"):
+            Counting.asked += 1
+        inner = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+        return inner(cls, func, types, args, kwargs or {})
+
+
+def fused_step(optimizer: torch.optim.Optimizer, found_inf: float) -> Tensor:
+    """One step as `GradScaler.step` makes it for a fused optimizer, which learns of the skip."""
+    flag = torch.tensor(found_inf)
+    optimizer.found_inf = flag.as_subclass(Counting)  # type: ignore[attr-defined]
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+        del optimizer.grad_scale  # type: ignore[attr-defined]
+    return flag
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_skip_on_the_device_moves_nothing_and_the_clock_is_right_after_the_next_step(
+    rounding: polyak._engine.Rounding, dtype: torch.dtype
+) -> None:
+    """A fused AdamW and a scaler that skips: no value changes, the host never asks for the flag.
+
+    The skipped steps leave no trace: values, clock, memory, history and state equal a run without
+    them, bit for bit.
+    """
+    skips = [0.0, 1.0, 0.0, 1.0, 1.0, 0.0]
+    rule = polyak.Exponential(decay=0.9, debias=False)
+    results = []
+    for with_skips in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        average = polyak.Average(model, rule, dtype=dtype, rounding=rounding)
+        average.follow(optimizer)
+        for skip in skips:
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).square().sum().backward()
+            before = {n: t.clone() for n, t in average.tensors.items()}
+            if skip and not with_skips:
+                continue
+            Counting.asked = 0
+            fused_step(optimizer, skip)
+            assert Counting.asked == 0
+            moved = [not torch.equal(t, before[n]) for n, t in average.tensors.items()]
+            assert not any(moved) if skip else any(moved)
+        results.append((average.state_dict(), average.report(), average.now))
+    (skipped, report, now), (clean, clean_report, clean_now) = results
+    assert (now, report.mean_age) == (clean_now, clean_report.mean_age) == (3, report.mean_age)
+    for name, tensor in clean["averages"]["average"]["tensors"].items():
+        assert torch.equal(skipped["averages"]["average"]["tensors"][name], tensor)
+    for key in ("clock", "nonfinite"):
+        assert skipped[key] == clean[key]
+    assert skipped["averages"]["average"]["memory"] == clean["averages"]["average"]["memory"]
+
+
+def test_skips_on_the_device_do_not_count_towards_an_interval() -> None:
+    """With `every=3` the third step that was taken brings the update, at time 3; windows too."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    average = polyak.Average(model)
+    window = polyak.Window(model, k=4)
+    average.follow(optimizer, every=3)
+    window.follow(optimizer)
+    for skip in (0.0, 1.0, 0.0, 1.0, 0.0, 0.0):
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).sum().backward()
+        fused_step(optimizer, skip)
+    assert (average.updates, average.now) == (1, 3)
+    assert (window.filled, window.now) == (4, 4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_follower_that_never_leads_to_an_update_is_said_once() -> None:
+    """At the first use: the interval is longer than the run, or it is another model's optimizer."""
+    model, optimizer = pair()
+    average = polyak.Average(model)
+    average.follow(optimizer, every=100)
+    step(model, optimizer)
+    with pytest.warns(polyak.AveragingWarning, match="saw 1 optimizer steps but no update"):
+        average.weights()
+    average.weights()
+
+    other, foreign = pair()
+    lost = polyak.Average(other)
+    lost.follow(optimizer)
+    step(other, foreign)
+    with pytest.warns(polyak.AveragingWarning, match="follow the one that trains this model"):
+        lost.weights()

@@ -26,15 +26,20 @@ def recorded(updates: list[tuple[float, int]]) -> History:
 
 @given(events)
 def test_every_update_is_kept_in_order(updates: list[tuple[float, int]]) -> None:
-    """Expanding the runs gives back the list that was appended."""
+    """Expanding the runs gives back the list that was appended.
+
+    Intervals of floats may come back as their neighbour of the run, 1e-9 away at most.
+    """
     history = recorded(updates)
 
     assert len(history) == len(updates)
     expanded = [(e, i) for e, count, i in history.runs for _ in range(count)]
-    assert expanded == updates
+    assert [i for _, i in expanded] == [i for _, i in updates]
+    intervals = [e for e, _ in expanded], [e for e, _ in updates]
+    np.testing.assert_allclose(*intervals, rtol=1.01e-9)
     np.testing.assert_array_equal(history.schedule_indices(), [index for _, index in updates])
     expected = [math.fsum([5.0, *(e for e, _ in updates[: n + 1])]) for n in range(len(updates))]
-    np.testing.assert_allclose(history.times(start=5.0), expected, rtol=1e-14)
+    np.testing.assert_allclose(history.times(start=5.0), expected, rtol=2e-9)
 
 
 @given(events)

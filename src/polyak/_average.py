@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from ._applied import applied
 from ._engine import Engine, NonFinite, Rounding
 from ._errors import ArgumentError, OrderError
-from ._follow import Follower
+from ._follow import Clock, Follower
 from ._norms import Forward, recompute
-from ._report import UNSEEN, Report, report, unreached_caps
+from ._report import Report, report, unreached_caps, unseen
 from ._roles import (
     RoleOverride,
     Selector,
@@ -110,17 +110,20 @@ class Uses:
 
     def report(self) -> Report:
         """Whether it works, and what it remembers: roles, memory, incidents, notes."""
+        self._engine.settle()
         self._refresh()
         return report(self._engine, self._row, rule=self._rule(), stored=self._stored())
 
     @property
     def updates(self) -> int:
         """Updates since construction or reset."""
+        self._engine.settle()
         return self._engine.updates
 
     @property
     def now(self) -> float:
         """Time of the last update, in the caller's unit."""
+        self._engine.settle()
         return self._engine.now
 
     def __repr__(self) -> str:
@@ -174,7 +177,7 @@ class Uses:
         self._engine.inventory.look_again()
         self._engine.check_live()
         if self._engine.live_changed_unseen():
-            self._engine.warn_once("unseen", f"{action}: {UNSEEN}.")
+            self._engine.warn_once("unseen", f"{action}: {unseen(self._engine)}.")
 
 
 @final
@@ -275,16 +278,28 @@ class Average(Uses):
         self._check_alone("update")
         return self._engine.update(now)[0]
 
-    def follow(self, optimizer: Optimizer, *, every: int = 1) -> Follower:
-        """Update after each step that `optimizer` really takes (or every so many).
+    def follow(self, *optimizers: Optimizer, every: int = 1, now: Clock | None = None) -> Follower:
+        """Update after each step that the optimizers really take (or every so many).
 
-        A step that a gradient scaler skips does not count. A step inside `applied()` raises.
+        A step that a gradient scaler skips does not count, also where a fused optimizer learns of
+        it on the device only. With gradient accumulation nothing changes: what counts is the step.
+        A step inside `applied()` raises. Wrappers such as Accelerate's are looked into. While
+        following, `update()` without a time takes the steps since the last update.
+
+        Args:
+            optimizers: all that train the model; one update after the LAST of them has stepped.
+            every: steps from one update to the next; the phase survives a resume.
+            now: a function that tells the time, when it is counted in samples or tokens.
 
         Returns:
-            The follower; its `remove()` ends it.
+            The follower; its `remove()` ends it. Following the same optimizers again replaces it.
+
+        Raises:
+            ArgumentError: no optimizer, or one that steps inside backward: call `update` there.
+            OrderError: other optimizers are followed already.
         """
         self._check_alone("follow")
-        return Follower(optimizer, self._engine, self._engine.update, every=every)
+        return Follower(optimizers, self._engine, self._engine.update, every=every, now=now)
 
     def reset(self, *, now: float | None = None) -> None:
         """Start again from the live weights, at time `now` (None: where the clock stands)."""
@@ -395,11 +410,13 @@ class Averages(Mapping[str, Average]):
     @property
     def updates(self) -> int:
         """Updates since construction or reset."""
+        self._engine.settle()
         return self._engine.updates
 
     @property
     def now(self) -> float:
         """Time of the last update, in the caller's unit."""
+        self._engine.settle()
         return self._engine.now
 
     def update(self, now: float | None = None) -> dict[str, float]:
@@ -409,9 +426,9 @@ class Averages(Mapping[str, Average]):
         """
         return dict(zip(self._members, self._engine.update(now), strict=True))
 
-    def follow(self, optimizer: Optimizer, *, every: int = 1) -> Follower:
-        """Update after each step that `optimizer` really takes; see `Average.follow`."""
-        return Follower(optimizer, self._engine, self._engine.update, every=every)
+    def follow(self, *optimizers: Optimizer, every: int = 1, now: Clock | None = None) -> Follower:
+        """Update after each step that the optimizers really take; see `Average.follow`."""
+        return Follower(optimizers, self._engine, self._engine.update, every=every, now=now)
 
     def reset(self, *, now: float | None = None) -> None:
         """Start all of them again from the live weights."""

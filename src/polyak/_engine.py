@@ -6,9 +6,9 @@ import numbers
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -78,6 +78,51 @@ class Loan:
     memory: frozenset[int]  # addresses of the lent live weights
 
 
+class Ticker(Protocol):
+    """Somebody who counts steps for an engine."""
+
+    def time(self) -> float:
+        """What time it is."""
+
+
+class Later:
+    """A number on the device that the host may read later without waiting for what is queued now.
+
+    The copy to the host is queued behind the work so far; asking waits for that work only.
+    """
+
+    def __init__(self, number: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if number.device.type == "cuda":
+            self._host = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+            self._host.copy_(number, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = plain(number).clone()
+
+    def read(self) -> float:
+        """The number."""
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._host)
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A step that may have been skipped, and the clock as it was before it was counted."""
+
+    skip: Later
+    now: float
+    updates: int
+    steps: int
+    memories: list[Memory]
+
+    def was_skipped(self) -> bool:
+        """Whether it was; waits for the device to have come so far."""
+        return self.skip.read() != 0.0
+
+
 class Engine:
     """Live tensors in slots, K averages of them, one clock, and K schedules.
 
@@ -125,6 +170,7 @@ class Engine:
         self.rounding: Rounding = rounding
         self.seed = seed
         self.loan: Loan | None = None
+        self.follower: Ticker | None = None
         self._device = None if device is None else check_device(device)
         self._dtype = dtype
         self.rows = [Row(s, [], [], Memory(), {}) for s in schedules]
@@ -144,14 +190,21 @@ class Engine:
         self.history = History()
         self.held_back: dict[str, Tensor | int] = {}  # elements that were not finite, by name
         self.steps = 0  # optimizer steps seen by a follower since the last update
+        self._doubts: list[Doubt] = []  # steps that the device may have skipped
         self._warned: set[str] = set()
         for row in self.rows:
             row.memory, row.norms, row.damage, row.stalled = Memory(), {}, "", ""
             row.past = []
 
     def next_time(self, now: float | None) -> tuple[float, float]:
-        """The time of an update at `now` (None: one more), and the time since the last one."""
-        now = self.now + 1 if now is None else check_time(now)
+        """The time of an update at `now` (None: one more), and the time since the last one.
+
+        While optimizers are followed, one more is what their steps have made of it.
+        """
+        self.settle()
+        if now is None:
+            now = self.now + 1 if self.follower is None else self.follower.time()
+        now = check_time(now)
         if not now > self.now:
             raise OrderError(
                 f"now must be above {show_time(self.now)} (the last update), got {show_time(now)}. "
@@ -161,10 +214,15 @@ class Engine:
 
     # ── one update ───────────────────────────────────────────────────────────────────────────────
 
-    def update(self, now: float | None = None) -> list[float]:
+    def update(self, now: float | None = None, skip: Tensor | None = None) -> list[float]:
         """Fold in the live weights as they are at `now`; return the decay of each average.
 
         Everything that can be refused is refused before a tensor or the clock is touched.
+
+        Args:
+            now: the time; None: one more.
+            skip: on the device, not zero when the optimizer's step was skipped there. Then no value
+                changes; the clock, which does not know yet, is set back by `settle`.
         """
         now, elapsed = self.next_time(now)
         self.check_may_update()
@@ -176,11 +234,14 @@ class Engine:
         self.check_finite(self.rows)
         for row in self.rows:  # an interrupt from here on leaves some tensors moved, some not
             row.damage = "an update was interrupted half-way"
-        self.fold([1.0 - decay for decay in decays], self.rows)
+        doubt = None if skip is None else self._doubt(skip)
+        self.fold([1.0 - decay for decay in decays], self.rows, skip)
         for row, decay in zip(self.rows, decays, strict=True):
             row.memory.fold(decay, elapsed)
             row.norms = {}
         self.commit(now)
+        if doubt is not None:
+            self._doubts.append(doubt)
         for row in self.rows:
             row.damage = ""
         self._warn_if_stalled(decays)  # last: a warning may be an error
@@ -209,11 +270,14 @@ class Engine:
                 f"{len(found)} tensors: {some}. Go back to a checkpoint, or use nonfinite='skip'."
             )
 
-    def fold(self, weights: Sequence[float], rows: Sequence[Row]) -> None:
+    def fold(
+        self, weights: Sequence[float], rows: Sequence[Row], skip: Tensor | None = None
+    ) -> None:
         """Mix the live tensors into `rows`, under the guard against NaN and inf."""
         for slots, plan in self._plans(rows):
             keys = self._rounding_keys(slots)
-            counts = plan.mix_(weights, guard=self.nonfinite != "ignore", keys=keys)
+            guard = self.nonfinite != "ignore"
+            counts = plan.mix_(weights, guard=guard, keys=keys, skip=skip)
             for slot, count in counts.items():
                 name = self.entries[slots[slot]].name
                 self.held_back[name] = self.held_back.get(name, 0) + count
@@ -224,6 +288,33 @@ class Engine:
         self.now = now
         self.updates += 1
         self.steps = 0
+
+    def note_skip(self, skip: Tensor) -> None:
+        """Note that the last step counted by a follower may have been skipped on the device."""
+        self._doubts.append(self._doubt(skip))
+
+    def settle(self) -> None:
+        """Set the clock back by the steps that turn out to have been skipped on the device.
+
+        Called at the next update, when the device has long passed them, and by all who read the
+        clock; the values need no correction.
+        """
+        for doubt in reversed(self._doubts):
+            if doubt.was_skipped():
+                self._set_back(doubt)
+        self._doubts = []
+
+    def _doubt(self, skip: Tensor) -> Doubt:
+        memories = [replace(row.memory) for row in self.rows]
+        return Doubt(Later(skip), self.now, self.updates, self.steps, memories)
+
+    def _set_back(self, doubt: Doubt) -> None:
+        if self.updates > doubt.updates:  # an update came with the step
+            self.history.take_back()
+            self.now, self.updates, self.steps = doubt.now, doubt.updates, doubt.steps
+            for row, memory in zip(self.rows, doubt.memories, strict=True):
+                row.memory = memory
+        self.steps -= 1
 
     def copy_live(self) -> None:
         """Set every average to the live weights."""
@@ -303,6 +394,7 @@ class Engine:
         self, origin: float, now: float, updates: int, steps: int, history: History
     ) -> None:
         """Set the clock as it was saved."""
+        self._doubts = []
         self.origin, self.now, self.updates, self.steps = origin, now, updates, steps
         self.history = history
 

@@ -1,63 +1,139 @@
-"""One update after every step that the optimizer really takes."""
+"""One update after every step that the optimizers really take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, final
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ._engine import Engine, is_count
-from ._errors import ArgumentError
+from ._errors import ArgumentError, OrderError
+
+Clock = Callable[[], float]
 
 
 @final
 class Follower:
-    """Hooks on an optimizer that update an average; `remove()` takes them off again.
+    """Hooks on optimizers that update an average; `remove()` takes them off again.
 
-    A step that a gradient scaler skips in Python never calls the hooks. With `every=k` the average
-    is updated at every k-th step with the time of k steps: a coarser sampling of the same average.
+    A step that a gradient scaler skips in Python never calls the hooks. A fused optimizer learns of
+    the skip on the device: there the average keeps its values too, nobody waits, and the clock is
+    set right at the next update. With `every=k` the average is updated at every k-th step, with the
+    time of k steps: a coarser sampling of the same average.
 
-    Args:
-        optimizer: the optimizer to watch.
-        engine: counts the steps since its last update (saved, so the phase of `every` survives).
-        update: called with the new time.
-        every: steps between two updates.
+    Made by `follow`; not by hand.
     """
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         engine: Engine,
-        update: Callable[[float], object],
+        update: Callable[[float | None, Tensor | None], object],
         *,
         every: int = 1,
+        now: Clock | None = None,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise ArgumentError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
-                "For anything else call update() after each step."
-            )
+        if not optimizers:
+            raise ArgumentError("follow must be given the optimizer, got none.")
         if not is_count(every):
             raise ArgumentError(
                 f"every must be a whole number of steps, at least 1, got {every!r}."
             )
+        if now is not None and not callable(now):
+            raise ArgumentError(
+                f"now must be a function that tells the time, got {now!r}. "
+                "For example now=lambda: samples_seen."
+            )
+        bare = [unwrapped(optimizer) for optimizer in optimizers]
+        _refuse_steps_inside_backward(engine)
+        old = engine.follower
+        if isinstance(old, Follower) and old.active:
+            if {id(o) for o in old._optimizers} != {id(o) for o in bare}:
+                raise OrderError(
+                    "follow must name all optimizers of a loop at once, got another one while "
+                    "following: each would move the clock. Call follow(a, b), or remove() first."
+                )
+            old.remove()  # registered twice: once is enough
         self.every = every
-        self._update, self._engine = update, engine
+        self._optimizers: list[Optimizer] = bare
+        self._engine, self._update, self._now = engine, update, now
+        self._stepped: dict[int, Tensor | None] = {}  # who has, and its found_inf on the device
         self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            handle
+            for optimizer in {id(o): o for o in bare}.values()
+            for handle in (
+                optimizer.register_step_pre_hook(self._before),
+                optimizer.register_step_post_hook(self._after),
+            )
         ]
+        engine.follower = self
+
+    @property
+    def active(self) -> bool:
+        """Whether steps still update the average."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Stop following; harmless when called again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._engine.follower is self:
+            self._engine.follower = None
+
+    def time(self) -> float:
+        """What time it is: the caller's clock, or one for each step since the last update."""
+        return self._engine.now + self._engine.steps if self._now is None else self._now()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A step inside applied() would train the averaged weights, and break the way back.
         self._engine.check_not_lent("an optimizer step")
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise OrderError(
+                "follow must not be captured in a CUDA graph: a replay calls no hooks. "
+                "Remove the follower and call update() after each replay."
+            )
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        found = getattr(optimizer, "found_inf", None)  # set by a scaler, for a fused optimizer
+        self._stepped[id(optimizer)] = found if isinstance(found, Tensor) else None
+        if len(self._stepped) < len({id(o) for o in self._optimizers}):
+            return  # one update after the last of them
+        skips = list(self._stepped.values())
+        self._stepped = {}
+        self._engine.settle()  # the device knows by now which of the earlier steps it skipped
         self._engine.steps += 1
+        skipped = None
+        if all(skip is not None for skip in skips):  # a step that one of them took is a step
+            skipped = reduce(torch.minimum, (skip for skip in skips if skip is not None))
         if self._engine.steps >= self.every:
-            self._update(self._engine.now + self._engine.steps)
+            self._update(self.time(), skipped)
+        elif skipped is not None:
+            self._engine.note_skip(skipped)
+
+
+def unwrapped(optimizer: object) -> Optimizer:
+    """The torch optimizer inside wrappers such as Accelerate's, which hold it as `.optimizer`."""
+    seen = optimizer
+    for _ in range(8):  # wrappers in wrappers, and no more than sense
+        inner = getattr(seen, "optimizer", None)
+        if not (isinstance(inner, Optimizer) or hasattr(inner, "optimizer")):
+            break
+        seen = inner
+    if not isinstance(seen, Optimizer):
+        raise ArgumentError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+            "For anything else call update() after each step."
+        )
+    return seen
+
+
+def _refuse_steps_inside_backward(engine: Engine) -> None:
+    for entry in engine.entries:
+        if getattr(entry.live(), "_in_backward_optimizers", None):
+            raise ArgumentError(
+                f"optimizer must step outside backward, got one that steps {entry.name!r} inside: "
+                "its steps come one parameter at a time. Call update() after backward()."
+            )

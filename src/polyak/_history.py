@@ -9,7 +9,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ._errors import ArgumentError
+from ._errors import ArgumentError, OrderError
 
 Run: TypeAlias = tuple[float, int, int]
 
@@ -53,6 +53,14 @@ class History:
                 last[1] += 1
                 return
         self._runs.append(_checked_run([elapsed, 1, schedule_index]))
+
+    def take_back(self) -> None:
+        """Forget the last update, which turned out not to have happened."""
+        if not self._runs:
+            raise OrderError("take_back must follow an append, got an empty history.")
+        self._runs[-1][1] -= 1
+        if self._runs[-1][1] == 0:
+            self._runs.pop()
 
     @property
     def runs(self) -> list[Run]:

@@ -110,11 +110,9 @@ def notes(engine: Engine, row: int) -> list[str]:
     if damage := engine.rows[row].damage:
         found.append(f"the average is lost: {damage}; call load_state_dict or reset")
     if engine.live_changed_unseen():
-        found.append(UNSEEN)
+        found.append(unseen(engine))
     if stalled := engine.rows[row].stalled:
         found.append(stalled)
-    if engine.steps and not engine.updates:
-        found.append(f"the follower saw {engine.steps:,} optimizer steps but no update came yet")
     found += unreached_caps(engine, row)
     for entry in engine.inventory.entries:
         if entry.why == "frozen parameter" and entry.live().requires_grad:
@@ -125,10 +123,22 @@ def notes(engine: Engine, row: int) -> list[str]:
     return found
 
 
-UNSEEN = (
-    "the live weights have changed since the average was built, but update was never called: "
-    "call update() or follow() (or reset() after loading weights)"
-)
+def unseen(engine: Engine) -> str:
+    """What to say when the live weights have changed and no update came."""
+    if engine.steps:
+        return (
+            f"the follower saw {engine.steps:,} optimizer steps but no update came yet: "
+            "`every` is longer than that"
+        )
+    if engine.follower is not None:
+        return (
+            "the live weights have changed, but the optimizer that is followed never stepped: "
+            "follow the one that trains this model"
+        )
+    return (
+        "the live weights have changed since the average was built, but update was never called: "
+        "call update() or follow() (or reset() after loading weights)"
+    )
 
 
 def unreached_caps(engine: Engine, row: int) -> list[str]:

@@ -27,6 +27,7 @@ def engine_state(engine: Engine, kind: str, rows: Mapping[str, int]) -> dict[str
     it. Inside `applied()` the tensors are copies, since the memory changes hands at the end of the
     block, and the lent live weights are in it too.
     """
+    engine.settle()
     lent = engine.loan is not None
     state: dict[str, Any] = {
         "format": FORMAT,

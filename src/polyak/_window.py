@@ -12,7 +12,7 @@ from . import _kernels as kernels
 from ._average import Source, Uses
 from ._engine import Engine, Memory, NonFinite, Row, is_count
 from ._errors import ArgumentError, MatchError
-from ._follow import Follower
+from ._follow import Clock, Follower
 from ._roles import RoleOverride, Selector, take_inventory
 from ._schedules import Uniform
 from ._state import (
@@ -107,9 +107,18 @@ class Window(Uses):
         engine.commit(time)
         return due
 
-    def follow(self, optimizer: Optimizer, *, every: int = 1) -> Follower:
-        """Call `update` after each step that `optimizer` really takes; see `Average.follow`."""
-        return Follower(optimizer, self._engine, self.update, every=every)
+    def follow(self, *optimizers: Optimizer, every: int = 1, now: Clock | None = None) -> Follower:
+        """Call `update` after each step that the optimizers really take; see `Average.follow`.
+
+        A skip that is known on the device only is waited for: a capture cannot be taken back.
+        """
+        return Follower(optimizers, self._engine, self._update_unless, every=every, now=now)
+
+    def _update_unless(self, now: float | None, skip: Tensor | None) -> None:
+        if skip is not None and bool(skip != 0):
+            self._engine.steps -= 1
+        else:
+            self.update(now)
 
     def reset(self, *, now: float | None = None) -> None:
         """Forget all captures; start again from the live weights."""

@@ -25,7 +25,12 @@ class MixPlan(Protocol):
     """Live tensors and the averages they flow into, ready to be mixed again and again."""
 
     def mix_(
-        self, weights: Sequence[float], *, guard: bool, keys: Sequence[int] | None = None
+        self,
+        weights: Sequence[float],
+        *,
+        guard: bool,
+        keys: Sequence[int] | None = None,
+        skip: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Fold the live tensors into each average; return elements held back, by slot."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._elements import FLOAT8, all_finite, as_real, held_back, lerp_, lerp_finite_, widened
+from ._elements import FLOAT8, all_finite, as_real, held_back, keep_, lerp_, lerp_finite_, widened
 from ._flat import flat_views
 from ._rounding import element_indices, hashed_bits, index_range
 
@@ -48,7 +48,12 @@ class BlockPlan:
 
     @torch.no_grad()
     def mix_(
-        self, weights: Sequence[float], *, guard: bool, keys: Sequence[int] | None = None
+        self,
+        weights: Sequence[float],
+        *,
+        guard: bool,
+        keys: Sequence[int] | None = None,
+        skip: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Fold the live tensors into each average with its weight.
 
@@ -56,6 +61,7 @@ class BlockPlan:
             weights: of the live tensors, one for each average.
             guard: hold back live elements that are not finite.
             keys: one for each slot to round stochastically with; None rounds to nearest.
+            skip: on the device; where it is not zero nothing changes, and nobody waits to know.
 
         Returns:
             Elements held back because they were not finite, by slot.
@@ -64,11 +70,14 @@ class BlockPlan:
         for slot, rows, piece, start in self._blocks:
             live = widened(piece, rows[0])
             bits = None if keys is None else self._bits(slot, keys[slot], rows[0], start)
+            kept = None if skip is None else [average.clone() for average in rows]
             if not guard or (slot not in self._exact and _surely_finite(live)):
                 for average, weight in zip(rows, weights, strict=True):
                     lerp_(average, live, weight, bits)
+                keep_(rows, kept, skip)
                 continue
             counts = [lerp_finite_(a, live, w, bits) for a, w in zip(rows, weights, strict=True)]
+            keep_(rows, kept, skip)
             if counts[0]:
                 found[slot] = counts[0] + found.get(slot, 0)
         self._forget_healed()

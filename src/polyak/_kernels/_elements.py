@@ -1,5 +1,7 @@
 """What one update does to one element, for every dtype: the arithmetic that all backends share."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -111,6 +113,15 @@ def lerp_finite_(
     mixed = torch.where(torch.isfinite(mixed), mixed, base * (1.0 - weight) + new * weight)
     average.copy_(torch.where(both, mixed, torch.where(usable, live, old)))
     return count
+
+
+def keep_(averages: Sequence[Tensor], kept: Sequence[Tensor] | None, skip: Tensor | None) -> None:
+    """Put back what was kept where `skip`, a number on the device, is not zero."""
+    if kept is None or skip is None:
+        return
+    for average, before in zip(averages, kept, strict=True):
+        skipped = skip.to(average.device, non_blocking=True).reshape(()) != 0
+        average.copy_(torch.where(skipped, before, average))
 
 
 def all_finite(tensor: Tensor) -> bool:

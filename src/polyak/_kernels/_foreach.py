@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._elements import WIDE, as_real, held_back, lerp_, lerp_finite_, widened
+from ._elements import WIDE, as_real, held_back, keep_, lerp_, lerp_finite_, widened
 from ._rounding import element_indices, hashed_bits
 
 
@@ -31,7 +31,12 @@ class ForeachPlan:
 
     @torch.no_grad()
     def mix_(
-        self, weights: Sequence[float], *, guard: bool, keys: Sequence[int] | None = None
+        self,
+        weights: Sequence[float],
+        *,
+        guard: bool,
+        keys: Sequence[int] | None = None,
+        skip: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Fold the live tensors into each average with its weight; see `BlockPlan.mix_`.
 
@@ -42,6 +47,8 @@ class ForeachPlan:
         if keys is not None:
             pairs = zip(keys, self._averages[0], strict=True)
             bits = [hashed_bits(key, element_indices(average)) for key, average in pairs]
+        every = [average for averages in self._averages for average in averages]
+        kept = None if skip is None else [average.clone() for average in every]
         for row, (averages, weight) in enumerate(zip(self._averages, weights, strict=True)):
             if guard:
                 for slot, (average, live) in enumerate(zip(averages, self._live, strict=True)):
@@ -56,6 +63,7 @@ class ForeachPlan:
             else:
                 for average, live, own in zip(averages, self._live, bits, strict=True):
                     lerp_(average, live, weight, own)
+        keep_(every, kept, skip)
         return found
 
     @torch.no_grad()
