@@ -1,0 +1,137 @@
+"""What commands are there? Their arguments, the one call each makes, and their exit codes."""
+
+import importlib.metadata
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polyak._errors import AveragingError
+
+from ._display import display, show_study
+
+if TYPE_CHECKING:
+    from polyak.study import Task
+
+app = typer.Typer(
+    name="polyak",
+    help="Averages of the weights of neural networks.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a bug shows Python's own traceback
+)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line on these words; return the exit code."""
+    try:
+        app(args=arguments, prog_name="polyak", obj=arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"polyak {importlib.metadata.version('polyak')}")
+        except importlib.metadata.PackageNotFoundError:
+            typer.echo("polyak, not installed as a package")
+        raise typer.Exit
+
+
+@app.callback()
+def _polyak(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Averages of the weights of neural networks."""
+
+
+@app.command()
+def study(
+    context: typer.Context,
+    task: Annotated[
+        str, typer.Argument(help="What to train: regression, digits or text.")
+    ] = "regression",
+    seeds: Annotated[
+        int, typer.Option(min=1, help="How many seeds; ten or more for a figure to trust.")
+    ] = 5,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes at once.", show_default="all processors"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report.", show_default="study-TASK")
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many epochs.", show_default="the task's own"),
+    ] = None,
+    short: Annotated[bool, typer.Option("--short", help="Few epochs and no control.")] = False,
+    control: Annotated[
+        bool, typer.Option(help="Repeat the runs without mini-batch noise, where a task has that.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier study.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict only.")] = False,
+) -> None:
+    """Does averaging help here, which kind, how long?
+
+    Trains TASK with several seeds, follows every average in the same runs, compares all of them
+    under equal rules and writes one page with figures, pictures and a verdict.
+
+    Example: polyak study regression --seeds 10 --out study-regression
+    """
+    try:
+        command = shlex.join(["polyak", *context.obj])
+        _study(task, seeds, jobs, out, epochs, short, control, force, quiet, command)
+    except AveragingError as error:
+        typer.echo(f"polyak: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("polyak: stopped; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+
+
+def _study(
+    name: str,
+    seeds: int,
+    jobs: int | None,
+    out: Path | None,
+    epochs: int | None,
+    short: bool,
+    control: bool,
+    force: bool,
+    quiet: bool,
+    command: str,
+) -> None:
+    # Here, not above: `polyak --help` must not wait for matplotlib, nor need it installed.
+    from polyak.study import TASKS, check_folder, processors, run_study
+
+    if name not in TASKS:
+        known = {title: build().title for title, build in TASKS.items()}
+        _unknown_task(name, known)
+    folder = check_folder(out or Path(f"study-{name}"), force=force)
+    task: Task = TASKS[name]()
+    with display(task, quiet=quiet) as tell:
+        found = run_study(
+            task,
+            seeds=seeds,
+            jobs=jobs or processors(),
+            epochs=epochs,
+            short=short,
+            control=None if control else False,
+            tell=tell,
+        )
+    written = found.save(folder, force=force, command=command)
+    show_study(found, written, quiet=quiet)
+
+
+def _unknown_task(name: str, known: dict[str, str]) -> None:
+    typer.echo(f"polyak: task must be one of {', '.join(known)}, got {name!r}.", err=True)
+    width = max(map(len, known))
+    for title, says in known.items():
+        typer.echo(f"  {title:{width}}  {says}", err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,97 @@
+"""Where a study is kept: a folder that is written whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from polyak._errors import ArgumentError
+
+from ._findings import Findings
+from ._json import FORMAT, document, text
+from ._plots import LIGHT, pictures, png
+from ._report import page
+
+RESULTS, REPORT = "results.json", "report.html"
+_NAMES = {RESULTS, REPORT, "loss.png", "metric.png", "methods.png", "weights.png"}
+_NAMES |= {"differences.png"}
+
+
+def check_folder(out: str | Path, *, force: bool = False) -> Path:
+    """Raise `ArgumentError` unless a study may be written to `out`; call it before training.
+
+    A new or an empty folder is fine; one that holds a study only with `force`; one that holds
+    anything else never, so that no file of somebody else's is lost.
+    """
+    path = Path(out)
+    if not path.exists():
+        return path
+    if not path.is_dir():
+        raise ArgumentError(f"out must be a folder, got the file {str(path)!r}. Name another.")
+    held = {entry.name for entry in path.iterdir()}
+    others = sorted(held - _NAMES)
+    if held and (others or not _is_study(path / RESULTS)):
+        raise ArgumentError(
+            f"out must be new, empty or an earlier study, got {str(path)!r} with "
+            f"{(others or sorted(held))[:3]}. Name another folder."
+        )
+    if held and not force:
+        raise ArgumentError(
+            f"out must be new or empty, got {str(path)!r}, which holds an earlier study. "
+            "Name another folder, or pass --force (force=True) to replace it."
+        )
+    return path
+
+
+def save(
+    study: Findings, out: str | Path, *, force: bool = False, command: str | None = None
+) -> Path:
+    """Write report, results and pictures to a temporary sibling, then rename it to `out`."""
+    path = check_folder(out, force=force).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        light = {name: png(picture, study, LIGHT) for name, (picture, _) in pictures(study).items()}
+        for name, image in light.items():
+            (fresh / f"{name}.png").write_bytes(image)
+        html = page(study, light=light, command=command)
+        (fresh / REPORT).write_text(html, encoding="utf-8")
+        results = text(document(study, command=command))
+        (fresh / RESULTS).write_text(results, encoding="utf-8")
+        fresh.chmod(0o777 & ~_umask())  # a temporary folder is for its owner alone
+        _replace(path, fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    return path
+
+
+def _replace(path: Path, fresh: Path) -> None:
+    """Put `fresh` where `path` is; the old folder goes only once the new one stands."""
+    if not path.exists():
+        fresh.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+    path.rename(old / path.name)
+    try:
+        fresh.rename(path)
+    except BaseException:
+        (old / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _is_study(results: Path) -> bool:
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT

@@ -1,0 +1,207 @@
+"""All seeds of a study, in parallel processes, to one value."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing.context import SpawnContext
+from typing import Any
+
+import torch
+
+from polyak._errors import ArgumentError, AveragingError
+
+from ._findings import Findings, assemble
+from ._task import Task
+from ._train import Moment, Run, Tell, planned, train_seed
+
+_LOOK_SECONDS = 0.2  # how often the progress of the workers is read
+
+
+class RunError(AveragingError, RuntimeError):
+    """A training run of the study broke: the message names the seed and the cause."""
+
+
+class _Cancelled(BaseException):
+    """Raised in a worker that was asked to stop. No `Exception`: a task must not swallow it."""
+
+
+def find(
+    task: Task,
+    *,
+    seeds: int | Sequence[int],
+    jobs: int,
+    epochs: int | None,
+    short: bool,
+    control: bool | None,
+    tell: Tell | None,
+) -> Findings:
+    """Train every seed, here or in `jobs` processes; `polyak.study.run_study` says the rest."""
+    started = time.perf_counter()
+    chosen = _seeds(seeds)
+    if not jobs >= 1:
+        raise ArgumentError(f"jobs must be 1 or more, got {jobs!r}.")
+    if short and epochs is None:
+        epochs = task.short_epochs or max(1, task.epochs // 4)
+    if epochs is not None:
+        task = replace(task, epochs=epochs)
+    with_control = (task.control and not short) if control is None else control
+    jobs = min(jobs, len(chosen))
+    data = task.data()
+    _, methods = planned(task, data)
+    if jobs == 1:
+        runs = _here(task, chosen, with_control, tell or _silent)
+    else:
+        runs = _in_processes(task, chosen, with_control, jobs, tell or _silent)
+    return assemble(
+        task, data, methods, chosen, runs, seconds=time.perf_counter() - started, jobs=jobs
+    )
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise ArgumentError(f"seeds must be one or more, all different, got {seeds!r}.")
+    return chosen
+
+
+def _silent(moment: Moment) -> None:
+    """Tell nobody."""
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread, and the caller's random state as it was: figures do not depend on `jobs`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(task: Task, seed: int, control: bool, tell: Tell) -> list[Run]:
+    """Train one seed; an error says which seed it was."""
+    try:
+        return train_seed(task, seed, control=control, tell=tell)
+    except AveragingError:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise RunError(
+            f"task {task.name!r} must train without an error, got {type(error).__name__} with "
+            f"seed {seed} at {where.filename}:{where.lineno}: {error}"
+        ) from error
+
+
+def _here(task: Task, seeds: Sequence[int], control: bool, tell: Tell) -> list[Run]:
+    with _one_thread():
+        return [run for seed in seeds for run in _train(task, seed, control, tell)]
+
+
+# What a worker was given when it started: where to report, and when to stop.
+_worker: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back in this thread; a process started meanwhile never hears it.
+
+    Else an interrupt while a worker still imports would print its traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(moments: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and sets `stop`
+    torch.set_num_threads(1)
+    moments.cancel_join_thread()  # a last word unread must not hold the worker back
+    _worker.update(moments=moments, stop=stop)
+
+
+def _work(pickled: bytes, seed: int, control: bool) -> list[Run]:
+    parent = multiprocessing.parent_process()
+
+    def tell(moment: Moment) -> None:
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # killed without a word: nobody would ever end this process
+        if _worker["stop"].is_set():
+            raise _Cancelled
+        _worker["moments"].put(moment)
+
+    return _train(pickle.loads(pickled), seed, control, tell)
+
+
+def _in_processes(
+    task: Task, seeds: Sequence[int], control: bool, jobs: int, tell: Tell
+) -> list[Run]:
+    try:
+        pickled = pickle.dumps(task)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ArgumentError(
+            f"task must be made of functions that can be imported when jobs is above 1, got "
+            f"{error}. Define them with def at the top of a module, or pass jobs=1."
+        ) from error
+    # Spawned, not forked: torch's thread pools do not survive a fork.
+    context: SpawnContext = multiprocessing.get_context("spawn")
+    moments, stop = context.Queue(), context.Event()
+    pool = ProcessPoolExecutor(
+        max_workers=jobs, mp_context=context, initializer=_begin_worker, initargs=(moments, stop)
+    )
+    try:
+        with _deaf_to_interrupts():
+            futures = [pool.submit(_work, pickled, seed, control) for seed in seeds]
+        _follow(futures, lambda: _drain(moments, tell))
+        return [run for future in futures for run in future.result()]
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a worker process must live until its seed is done, got one that died without a word. "
+            "Memory may have run out: pass a smaller --jobs. A script that calls run_study needs "
+            'its `if __name__ == "__main__":`.'
+        ) from error
+    finally:
+        stop.set()  # each worker leaves at its next evaluation
+        pool.shutdown(wait=True, cancel_futures=True)
+        moments.close()
+        moments.cancel_join_thread()
+
+
+def _follow(futures: Sequence[Future[list[Run]]], drain: Callable[[], None]) -> None:
+    """Wait for all, reporting progress; raise the first error at once."""
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+        drain()
+        for future in done:
+            future.result()
+
+
+def _drain(moments: Any, tell: Tell) -> None:
+    while True:
+        try:
+            tell(moments.get_nowait())
+        except queue.Empty:
+            return

@@ -1,0 +1,387 @@
+"""One seed: train once, follow every average in that same run, look at all of them each epoch."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from polyak._average import Average, Averages, refresh_norms
+from polyak._errors import ArgumentError
+from polyak._window import Window
+
+from ._curves import early_stop
+from ._methods import LIVE, Averaged, Method, Tail, Windowed, check_methods, usual_methods
+from ._task import Data, Pair, Task
+
+REFRESHED = ", refreshed"
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_CHUNK = 8192  # rows a forward pass when evaluating: bounds memory, not the result
+
+
+@dataclass
+class Curve:
+    """What one method did, evaluation by evaluation, in one run.
+
+    Args:
+        first: epoch of the first entry.
+        validation: metric -> values.
+        test: metric -> values; empty where the task has no test part.
+    """
+
+    first: int
+    validation: dict[str, list[float]] = field(default_factory=dict)
+    test: dict[str, list[float]] = field(default_factory=dict)
+
+    def part(self, name: str) -> dict[str, list[float]]:
+        """The values on "validation" or "test"."""
+        return self.test if name == "test" else self.validation
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and all its curves.
+
+    Args:
+        kind: "ordinary", "decayed" (the rival) or "control".
+        seed: its random seed.
+        steps_per_epoch: optimizer steps between evaluations.
+        stop: epoch at which the watched curve stopped (or the last one).
+        train_loss: mean over the batches of each epoch, as trained (with dropout).
+        rates: learning rate at the end of each epoch.
+        curves: method -> curve.
+        bytes: size of one copy of the averaged tensors.
+        seconds: how long it took, evaluation included.
+        outputs: rule -> part -> outputs of the live model, for the ensemble.
+    """
+
+    kind: str
+    seed: int
+    steps_per_epoch: int
+    stop: int
+    train_loss: list[float]
+    rates: list[float]
+    curves: dict[str, Curve]
+    bytes: int
+    seconds: float
+    outputs: dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run is: for a progress display.
+
+    Args:
+        seed: which seed.
+        kind: which of its runs.
+        epoch: evaluations done.
+        epochs: at most so many.
+        live: judged validation value of the live weights.
+        average: the same of the headline average, or the first of its family.
+    """
+
+    seed: int
+    kind: str
+    epoch: int
+    epochs: int
+    live: float
+    average: float
+
+
+Tell = Callable[[Moment], None]
+
+
+def planned(task: Task, data: Data) -> tuple[int, tuple[Method, ...]]:
+    """Steps between evaluations, and the methods of a run of that length.
+
+    A tail average becomes an ordinary schedule where the length of the run is known.
+    """
+    rows = len(data.train[0])
+    per_epoch = task.evaluate_every or -(-rows // task.batch)
+    steps = per_epoch * task.epochs
+    methods = usual_methods(steps=steps) if task.methods is None else task.methods(steps)
+    check_methods(methods)
+    if task.patience is None:
+        methods = tuple(m.within(steps) if isinstance(m, Tail) else m for m in methods)
+    followed = {m.name for m in methods if isinstance(m, Averaged)}
+    if task.watch not in followed | {LIVE}:
+        raise ArgumentError(
+            f"watch must be 'live' or one of the averages {sorted(followed)}, got {task.watch!r}."
+        )
+    known = {m.name for m in methods if not isinstance(m, Tail)} | {_family(m) for m in methods}
+    if task.headline not in known - {""}:
+        raise ArgumentError(
+            f"headline must be an average or a family, one of {sorted(known - {''})}, "
+            f"got {task.headline!r}."
+        )
+    return per_epoch, methods
+
+
+def _family(method: Method) -> str:
+    return "" if isinstance(method, Tail) else method.family
+
+
+def train_seed(task: Task, seed: int, *, control: bool, tell: Tell) -> list[Run]:
+    """Train one seed: the ordinary run, its rival with a decayed learning rate, the control.
+
+    The rival and the control get as many epochs as the ordinary run took to stop, the same
+    initial weights and, the control apart, the same batches in the same order.
+    """
+    data = task.data()
+    per_epoch, methods = planned(task, data)
+    headline = [m for m in methods if task.headline in (m.name, _family(m))]
+    run = partial(_run, data=data, seed=seed, per_epoch=per_epoch, tell=tell)
+    ordinary = run(task, kind="ordinary", methods=methods)
+    same = replace(task, epochs=ordinary.stop, patience=None)
+    runs = [ordinary, run(same, kind="decayed", methods=headline)]
+    if control:
+        steps = ordinary.stop * per_epoch
+        known = [m.within(steps) if isinstance(m, Tail) else m for m in methods]
+        whole = replace(same, batch=len(data.train[0]))
+        runs.append(run(whole, kind="control", methods=known))
+    return runs
+
+
+class _Looks:
+    """The averages of one run, and what each of them scored so far."""
+
+    def __init__(self, task: Task, data: Data, model: nn.Module, methods: Sequence[Method]) -> None:
+        self.task, self.data, self.model = task, data, model
+        self.methods = {m.name: m for m in methods if isinstance(m, Averaged)}
+        schedules = {name: method.schedule for name, method in self.methods.items()}
+        self.averages = Averages(model, schedules) if schedules else None
+        self.windows = {
+            m.name: Window(model, m.k, m.every) for m in methods if isinstance(m, Windowed)
+        }
+        self.curves: dict[str, Curve] = {}
+        self.steps = 0
+
+    def update(self) -> None:
+        """Fold the live weights into every average: called after each optimizer step."""
+        self.steps += 1
+        if self.averages is not None:
+            self.averages.update()
+        for window in self.windows.values():
+            window.update()
+
+    def bytes(self) -> int:
+        """Size of one copy of what is averaged."""
+        held = [*(self.averages or {}).values(), *self.windows.values()]
+        return sum(t.numel() * t.element_size() for t in held[0].tensors.values()) if held else 0
+
+    def look(self, epoch: int) -> dict[str, Tensor]:
+        """Evaluate the live weights and every average; return the outputs of the live ones."""
+        live = self.note(LIVE, epoch)
+        for name, average in (self.averages or {}).items():
+            method = self.methods[name]
+            if self.steps < method.shown_from:
+                continue
+            with average.applied():
+                self.note(name, epoch)
+            if method.refresh:
+                refresh_norms(average, self.data.train[0].split(256))
+                with average.applied():
+                    self.note(name + REFRESHED, epoch)
+        for name, window in self.windows.items():
+            if window.filled:
+                with window.applied():
+                    self.note(name, epoch)
+        return live
+
+    def judged(self, name: str) -> list[float]:
+        """Validation values of the metric that judges, lower being better."""
+        metric = self.task.metrics[self.task.judge]
+        values = self.curves[name].validation[self.task.judge]
+        return values if metric.better == "lower" else [-value for value in values]
+
+    def last(self, name: str) -> float:
+        """The newest validation value of the metric that judges."""
+        return self.curves[name].validation[self.task.judge][-1]
+
+    def note(self, name: str, epoch: int) -> dict[str, Tensor]:
+        """Evaluate what the model holds now as an entry of curve `name`; return the outputs."""
+        curve = self.curves.setdefault(name, Curve(first=epoch))
+        outputs = {}
+        for part in ("validation", "test") if self.data.test is not None else ("validation",):
+            pair = self.data.validation if part == "validation" else self.data.test
+            assert pair is not None
+            outputs[part] = predict(self.model, pair[0])
+            for metric, value in scores(self.task, outputs[part], pair[1]).items():
+                curve.part(part).setdefault(metric, []).append(value)
+        return outputs
+
+
+def predict(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Outputs of the model in eval mode, for all rows; the mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return torch.cat([model(chunk) for chunk in inputs.split(_CHUNK)])
+    finally:
+        model.train(was_training)
+
+
+def scores(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+    """Every metric of the task on these outputs."""
+    return {name: float(metric.measure(outputs, targets)) for name, metric in task.metrics.items()}
+
+
+def batches(pair: Pair, *, size: int, seed: int) -> Iterator[Pair]:
+    """Batches without end: a new order each pass; all rows at once when they fit in one."""
+    inputs, targets = pair
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        if size >= len(inputs):
+            yield pair
+            continue
+        for rows in torch.randperm(len(inputs), generator=generator).split(size):
+            yield inputs[rows], targets[rows]
+
+
+def _build(
+    task: Task, seed: int, *, dropout: bool = True
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)  # initial weights and dropout; batches have a generator of their own
+    model = task.model()
+    if not dropout:
+        for module in model.modules():
+            if isinstance(module, _DROPOUTS):
+                module.p = 0.0
+    return model, task.optimizer(model.parameters())
+
+
+def _epoch(
+    task: Task,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[Pair],
+    steps: int,
+    rate: "_Rate",
+    looks: "_Looks",
+) -> float:
+    """Train for `steps` steps and return the mean loss over their rows."""
+    model.train()
+    total, rows = 0.0, 0
+    for _ in range(steps):
+        inputs, targets = next(stream)
+        rate.set()
+        optimizer.zero_grad()
+        loss = task.loss(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        looks.update()
+        total, rows = total + loss.item() * len(inputs), rows + len(inputs)
+    return total / rows
+
+
+class _Rate:
+    """The learning rate of each step: warm-up, and for the rival a decay, over the base rates."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        warmup: int,
+        decay: Callable[[float], float],
+        budget: int | None,
+    ) -> None:
+        self.optimizer, self.warmup, self.decay, self.budget = optimizer, warmup, decay, budget
+        self.base = [float(group["lr"]) for group in optimizer.param_groups]
+        self.step = 0
+
+    def set(self) -> None:
+        """Set the rate of the coming step; leave it to the scheduler where there is no rule."""
+        done, self.step = self.step, self.step + 1
+        if self.budget is None and done >= self.warmup:
+            return
+        factor = min(1.0, self.step / self.warmup) if self.warmup else 1.0
+        if self.budget is not None:
+            factor *= self.decay(done / self.budget)  # done before the step: the last has a rate
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+            group["lr"] = base * factor
+
+    @property
+    def now(self) -> float:
+        """Rate of the first group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def _run(
+    task: Task,
+    *,
+    data: Data,
+    seed: int,
+    kind: str,
+    methods: Sequence[Method],
+    per_epoch: int,
+    tell: Tell,
+) -> Run:
+    """Train until the watched curve stops, then on until every other curve has stopped too."""
+    started = time.perf_counter()
+    model, optimizer = _build(task, seed, dropout=kind != "control")
+    scheduler = task.scheduler(optimizer) if task.scheduler and kind != "decayed" else None
+    budget = per_epoch * task.epochs if kind == "decayed" else None
+    rate = _Rate(optimizer, warmup=task.warmup, decay=task.decay, budget=budget)
+    looks = _Looks(task, data, model, methods)
+    stream = batches(data.train, size=task.batch, seed=seed)
+    tails = [m for m in methods if isinstance(m, Tail)]
+    kept: list[dict[str, Tensor]] = []
+    named = [m.name for m in methods if task.headline in (m.name, _family(m))]
+    losses, rates, stop = [], [], 0
+    outputs: dict[str, dict[str, Tensor]] = {}
+    for epoch in range(1, task.epochs + 1):
+        losses.append(_epoch(task, model, optimizer, stream, per_epoch, rate, looks))
+        rates.append(rate.now)
+        live = looks.look(epoch)
+        stops = {c: early_stop(looks.judged(c), patience=task.patience) for c in looks.curves}
+        if "best" not in outputs or stops[LIVE].best == epoch:
+            outputs["best"] = live
+        if not stop:
+            outputs["stop"] = live
+            if tails:
+                kept.append({name: t.clone() for name, t in model.state_dict().items()})
+            if not stops[task.watch].ran_out:
+                stop = epoch
+        shown = next((name for name in named if name in looks.curves), LIVE)
+        tell(Moment(seed, kind, epoch, task.epochs, looks.last(LIVE), looks.last(shown)))
+        if not any(stopped.ran_out for stopped in stops.values()):
+            break
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(looks.last(task.watch))
+        elif scheduler is not None:
+            scheduler.step()
+    for tail in tails:
+        looks.curves |= _replay(task, data, model, tail, kept)
+    return Run(
+        kind=kind,
+        seed=seed,
+        steps_per_epoch=per_epoch,
+        stop=stop or len(losses),
+        train_loss=losses,
+        rates=rates,
+        curves=looks.curves,
+        bytes=looks.bytes(),
+        seconds=time.perf_counter() - started,
+        outputs=outputs if kind == "ordinary" else {},
+    )
+
+
+def _replay(
+    task: Task, data: Data, model: nn.Module, tail: Tail, kept: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Curve]:
+    """Feed the kept weights of every epoch to a tail average, its start now being known."""
+    model.load_state_dict(kept[0])
+    method = tail.within(len(kept))
+    average = Average(model, method.schedule)
+    looks = _Looks(task, data, model, ())
+    for epoch, weights in enumerate(kept, start=1):
+        model.load_state_dict(weights)
+        average.update(now=epoch)
+        if epoch >= method.shown_from:
+            with average.applied():
+                looks.note(tail.name, epoch)
+    return looks.curves
