@@ -646,3 +646,47 @@ def test_history_tells_which_schedule_made_which_update() -> None:
     again = polyak.Average(live, second)
     again.load_state_dict(state)
     assert again.state_dict()["averages"]["average"]["past"] == row["past"]
+
+
+def headed(classes: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, classes))
+
+
+@pytest.mark.parametrize("kind", ["average", "averages", "window"])
+def test_a_new_head_starts_from_the_live_weights_when_asked(kind: str) -> None:
+    """`on_mismatch="reinit"` takes what fits, starts the rest anew and names it (case D7)."""
+
+    def build(model: nn.Module) -> Any:
+        if kind == "average":
+            return polyak.Average(model, polyak.Uniform())
+        if kind == "averages":
+            return polyak.Averages(model, {"a": polyak.Uniform(), "b": polyak.Power(gamma=3.0)})
+        return polyak.Window(model, k=2)
+
+    def tensors(average: Any) -> Mapping[str, Tensor]:
+        chosen: Mapping[str, Tensor] = (average["b"] if kind == "averages" else average).tensors
+        return chosen
+
+    old_model, new_model = headed(5), headed(7)
+    old, new = build(old_model), build(new_model)
+    for _ in range(3):
+        for parameter in old_model.parameters():
+            parameter.data.add_(1.0)
+        old.update()
+    state = through_a_file(old.state_dict())
+    before = {name: tensor.clone() for name, tensor in tensors(new).items()}
+    with pytest.raises(polyak.MatchError, match=r"'2\.(weight|bias)'"):
+        new.load_state_dict(state)
+    assert all(torch.equal(t, before[n]) for n, t in tensors(new).items())
+
+    with pytest.warns(polyak.AveragingWarning, match=r"2 averages did not fit.*'2\.bias'"):
+        new.load_state_dict(state, on_mismatch="reinit")
+    live = dict(new_model.named_parameters())
+    for name, tensor in tensors(new).items():
+        expected = live[name] if name.startswith("2.") else tensors(old)[name]
+        assert torch.equal(tensor, expected)
+    assert (new.now, new.updates) == (3, 3)
+    new.update()
+
+    with pytest.raises(polyak.ArgumentError, match="on_mismatch must be"):
+        new.load_state_dict(state, on_mismatch="skip")

@@ -23,6 +23,7 @@ from ._roles import (
 from ._schedules import Power, Schedule
 from ._state import (
     OnLive,
+    OnMismatch,
     OnSchedule,
     engine_state,
     load_engine_state,
@@ -315,7 +316,12 @@ class Average(Uses):
         return engine_state(self._engine, "Average", {"average": self._row})
 
     def load_state_dict(
-        self, state: Mapping[str, Any], *, schedule: OnSchedule = "same", live: OnLive = "restore"
+        self,
+        state: Mapping[str, Any],
+        *,
+        schedule: OnSchedule = "same",
+        live: OnLive = "restore",
+        on_mismatch: OnMismatch = "error",
     ) -> None:
         """Go on from a saved state. Everything is checked before anything is written.
 
@@ -325,13 +331,23 @@ class Average(Uses):
                 this average was built with.
             live: what to do with trained weights that a state taken inside `applied()` carries:
                 "restore" writes them into the live model.
+            on_mismatch: "error" refuses a state with other names or shapes; "reinit" starts the
+                averages that do not fit (a new head) from the live weights, and warns by name.
 
         Raises:
             ArgumentError: not a state of an average, or of an unknown format.
             MatchError: other names, shapes, dtypes or schedule.
         """
         self._check_alone("load_state_dict")
-        load_engine_state(self._engine, state, "Average", ["average"], schedule=schedule, live=live)
+        load_engine_state(
+            self._engine,
+            state,
+            "Average",
+            ["average"],
+            schedule=schedule,
+            live=live,
+            on_mismatch=on_mismatch,
+        )
 
     def _check_alone(self, action: str) -> None:
         if not self._alone:
@@ -441,11 +457,22 @@ class Averages(Mapping[str, Average]):
         )
 
     def load_state_dict(
-        self, state: Mapping[str, Any], *, schedule: OnSchedule = "same", live: OnLive = "restore"
+        self,
+        state: Mapping[str, Any],
+        *,
+        schedule: OnSchedule = "same",
+        live: OnLive = "restore",
+        on_mismatch: OnMismatch = "error",
     ) -> None:
         """Go on from a saved state; see `Average.load_state_dict`."""
         load_engine_state(
-            self._engine, state, "Averages", list(self._members), schedule=schedule, live=live
+            self._engine,
+            state,
+            "Averages",
+            list(self._members),
+            schedule=schedule,
+            live=live,
+            on_mismatch=on_mismatch,
         )
 
 

@@ -384,7 +384,7 @@ class Engine:
         """Say `message` as a warning at the user's line, the first time that `key` comes up."""
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, AveragingWarning, stacklevel=_frames_to_the_user())
+            warnings.warn(message, AveragingWarning, stacklevel=frames_to_the_user())
 
     def drop_plans(self) -> None:
         """Let go of all views into averages, so that references to their memory can be counted."""
@@ -546,7 +546,7 @@ def check_memory_not_lent(tensors: Iterable[Tensor], action: str) -> None:
         )
 
 
-def _frames_to_the_user() -> int:
+def frames_to_the_user() -> int:
     """The stack level, for `warnings.warn` in our caller, of the first frame that is not ours."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and _is_ours(frame):

@@ -1,6 +1,7 @@
 """What is saved to go on with an average, and how it is checked before anything is written."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Literal
@@ -8,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._engine import Engine, Memory
-from ._errors import ArgumentError, MatchError
+from ._engine import Engine, Memory, frames_to_the_user
+from ._errors import ArgumentError, AveragingWarning, MatchError
 from ._history import History
 from ._identities import schedule_from_state, schedule_state
 from ._kernels import write_
@@ -18,6 +19,7 @@ FORMAT = 1
 
 OnSchedule = Literal["same", "replace"]
 OnLive = Literal["restore", "leave"]
+OnMismatch = Literal["error", "reinit"]
 
 
 def engine_state(engine: Engine, kind: str, rows: Mapping[str, int]) -> dict[str, Any]:
@@ -75,10 +77,12 @@ def load_engine_state(
     *,
     schedule: OnSchedule,
     live: OnLive,
+    on_mismatch: OnMismatch = "error",
 ) -> None:
     """Go on from `state`: check all of it, then write."""
     engine.check_not_lent("load_state_dict")
     check_header(state, kind)
+    state, reinitialised = fitted(engine, state, on_mismatch)
     averages = part(state, "averages", Mapping)
     if set(averages) != set(names):
         raise MatchError(
@@ -107,6 +111,58 @@ def load_engine_state(
     engine.set_clock(*clock)
     engine.held_back = incidents
     engine.after_load()
+    if reinitialised:
+        warnings.warn(
+            f"load_state_dict: {len(reinitialised)} averages did not fit the state and start from "
+            f"the live weights: {reinitialised[:3]}.",
+            AveragingWarning,
+            stacklevel=frames_to_the_user(),
+        )
+
+
+def fitted(
+    engine: Engine, state: Mapping[str, Any], on_mismatch: OnMismatch
+) -> tuple[Mapping[str, Any], list[str]]:
+    """With "reinit": a state that fits the model, and the averages that it had to be given anew.
+
+    Tensors that the state lacks or has in another shape are those of the live model (a new head);
+    what only the state has is left out. With "error": the state as it is.
+    """
+    if on_mismatch not in ("error", "reinit"):
+        raise ArgumentError(f"on_mismatch must be 'error' or 'reinit', got {on_mismatch!r}.")
+    if on_mismatch == "error":
+        return state, []
+    misfits: set[str] = set()
+
+    def fit(saved: Mapping[str, Any]) -> dict[str, Any]:
+        tensors = {}
+        for entry, ours in zip(engine.entries, engine.rows[0].tensors, strict=True):
+            theirs = saved.get(entry.name)
+            if isinstance(theirs, Tensor) and theirs.shape == ours.shape:
+                tensors[entry.name] = theirs
+            else:
+                misfits.add(entry.name)
+                tensors[entry.name] = entry.live().detach().to(ours.device, ours.dtype)
+        return tensors
+
+    new = dict(state)
+    new["averages"] = {}
+    for name, saved in part(state, "averages", Mapping).items():
+        if not isinstance(saved, Mapping):
+            raise ArgumentError(f"the state's average {name!r} must be a dict, got {saved!r:.40}.")
+        tensors = fit(part(saved, "tensors", Mapping))
+        norms = {n: t for n, t in part(saved, "norms", Mapping).items() if n not in misfits}
+        norms = {n: t for n, t in norms.items() if n in engine.inventory.index}
+        new["averages"][name] = {**saved, "tensors": tensors, "norms": norms}
+    if "window" in state:
+        window = part(state, "window", Mapping)
+        new["window"] = {**window, "ring": [fit(row) for row in part(window, "ring", list)]}
+    if "live" in state:
+        lent = part(state, "live", Mapping)
+        new["live"] = {n: t for n, t in lent.items() if n not in misfits}
+    counts = part(state, "nonfinite", Mapping)
+    new["nonfinite"] = {n: c for n, c in counts.items() if n in engine.slots}
+    return new, sorted(misfits)
 
 
 def check_header(state: Mapping[str, Any], kind: str) -> None:

@@ -17,9 +17,11 @@ from ._roles import RoleOverride, Selector, take_inventory
 from ._schedules import Uniform
 from ._state import (
     OnLive,
+    OnMismatch,
     check_header,
     check_tensors,
     engine_state,
+    fitted,
     load_engine_state,
     part,
     tensor_state,
@@ -137,11 +139,25 @@ class Window(Uses):
         }
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], *, live: OnLive = "restore") -> None:
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        *,
+        live: OnLive = "restore",
+        on_mismatch: OnMismatch = "error",
+    ) -> None:
         """Go on from a saved state; see `Average.load_state_dict`."""
         check_header(state, "Window")
-        ring, times = self._checked(state)
-        load_engine_state(self._engine, state, "Window", ["mean"], schedule="same", live=live)
+        ring, times = self._checked(fitted(self._engine, state, on_mismatch)[0])
+        load_engine_state(
+            self._engine,
+            state,
+            "Window",
+            ["mean"],
+            schedule="same",
+            live=live,
+            on_mismatch=on_mismatch,
+        )
         self._ring = [self._row_like_mean() for _ in ring]
         with torch.no_grad():
             for row, captured in zip(self._ring, ring, strict=True):
