@@ -1013,3 +1013,29 @@ def test_another_module_may_take_the_average_inside_the_block() -> None:
         with pytest.raises(polyak.OrderError, match="outside applied"):
             average.copy_to(model)
     assert all(torch.equal(t, expected[n]) for n, t in other.state_dict().items())
+
+
+@pytest.mark.parametrize("use", ["applied", "weights", "copy_to"])
+def test_a_value_that_the_live_dtype_cannot_hold_is_refused_by_name(use: str) -> None:
+    """An average of 70000 does not become infinity in a float16 model; it stays what it is."""
+    live = nn.Linear(2, 2).half()
+    average = polyak.Average(live, polyak.Exponential(decay=0.5, debias=False))
+    state = average.state_dict()
+    state["averages"]["average"]["tensors"]["bias"].fill_(70_000.0)
+    average.load_state_dict(state)
+    before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
+
+    def lend() -> None:
+        with average.applied():
+            pytest.fail("lent")
+
+    uses: dict[str, Callable[[], object]] = {
+        "applied": lend,
+        "weights": average.weights,
+        "copy_to": lambda: average.copy_to(nn.Linear(2, 2).half()),
+    }
+    with pytest.raises(polyak.ArgumentError, match=r"'bias' must fit torch.float16.*7e\+04"):
+        uses[use]()
+    assert average.weights(torch.bfloat16)["bias"].isfinite().all()
+    assert all(torch.equal(t, before[n]) for n, t in live.state_dict().items())
+    assert average.tensors["bias"].tolist() == [70_000.0, 70_000.0]

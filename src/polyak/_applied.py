@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _kernels as kernels
-from ._engine import Engine, Loan, count_holders, version_of
+from ._engine import Engine, Loan, check_fits, count_holders, version_of
 from ._errors import OrderError
 from ._roles import Entry
 
@@ -85,6 +85,7 @@ class _Lender:
                 swapped.append((live.data, average))
                 live.swapped = True
             else:
+                check_fits(average, live.data.dtype, entry.name)
                 self._copies.append((live, average))
         self._exchange = kernels.Exchange(swapped)
         self._memory = engine.live_memory()

@@ -618,6 +618,19 @@ def check_decay(decay: object, schedule: Schedule) -> float:
     return value
 
 
+def check_fits(source: Tensor, dtype: torch.dtype, name: str) -> None:
+    """What is finite in the average must not become infinite in a file or a model.
+
+    Raises:
+        ArgumentError: a value beyond the range of `dtype`.
+    """
+    if lost := kernels.beyond_range(source, dtype):
+        raise ArgumentError(
+            f"{name!r} must fit {dtype}, got {lost} values beyond its range (largest "
+            f"{float(source.abs().max()):.4g}). Use torch.bfloat16 or torch.float32 for it."
+        )
+
+
 def check_undamaged(row: Row) -> None:
     """Refuse an average whose memory was overwritten while it was lent."""
     if row.damage:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _kernels as kernels
-from ._engine import Engine, check_memory_not_lent, kind
+from ._engine import Engine, check_fits, check_memory_not_lent, kind
 from ._errors import ArgumentError, MatchError
 from ._roles import Entry, Inventory, take_inventory
 
@@ -30,23 +30,11 @@ def full_set(engine: Engine, row: int = 0, dtype: torch.dtype | None = None) -> 
             source = _source(engine, entry, averages, norms)
             live = entry.live()
             target = dtype if dtype is not None and live.is_floating_point() else live.dtype
-            copies[index] = _as(source, live.device, target, name)
+            check_fits(source, target, name)
+            copies[index] = source.detach().to(live.device, target, copy=True)
         result[name] = copies[index]
     for name, module in engine.inventory.extras:
         result[name] = copy.deepcopy(module.get_extra_state())
-    return result
-
-
-def _as(source: Tensor, device: torch.device, dtype: torch.dtype, name: str) -> Tensor:
-    """Make a copy in `dtype`; what fits the average must not become infinite in a file."""
-    result = source.detach().to(device, dtype, copy=True)
-    if dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(source.dtype).max:
-        lost = int((torch.isfinite(source) & ~torch.isfinite(result.to(torch.float32))).sum())
-        if lost:
-            raise ArgumentError(
-                f"{name!r} must fit {dtype}, got {lost} values beyond its range (largest "
-                f"{float(source.abs().max()):.4g}). Ask for torch.bfloat16 or torch.float32."
-            )
     return result
 
 
@@ -69,15 +57,24 @@ def copy_to(engine: Engine, row: int, module: nn.Module, share: float) -> None:
 
     Names, shapes and kinds are compared before anything is written.
     """
-    if not 0.0 < share <= 1.0:
+    if not (isinstance(share, int | float) and 0.0 < share <= 1.0):
         raise ArgumentError(f"share must be above 0 and at most 1, got {share!r}.")
     target = take_inventory(module)
     check_memory_not_lent((entry.live() for entry in target.entries), "copy_to")
     _check_targets(engine.inventory, target)
     averages, norms = engine.values(row), engine.rows[row].norms
-    for entry in engine.inventory.entries:
-        there = target.entries[target.index[entry.name]].live()
-        source = _source(engine, entry, averages, norms)
+    moves = [
+        (
+            entry,
+            target.entries[target.index[entry.name]].live(),
+            _source(engine, entry, averages, norms),
+        )
+        for entry in engine.inventory.entries
+    ]
+    for entry, there, source in moves:
+        if entry.role == "average" or share == 1.0:
+            check_fits(source, there.dtype, entry.name)
+    for entry, there, source in moves:
         if entry.role == "average":
             if kernels.overlaps_itself(there):
                 kernels.write_(there, there.clone().lerp_(source.to(there), share))

@@ -8,6 +8,7 @@ from torch import Tensor
 from ._blocks import BlockPlan
 from ._elements import FLOAT8 as FLOAT8
 from ._elements import all_finite as all_finite
+from ._elements import beyond_range as beyond_range
 from ._elements import lerp_ as lerp_
 from ._elements import storage_dtype as storage_dtype
 from ._exchange import Exchange as Exchange

@@ -115,6 +115,24 @@ def lerp_finite_(
     return count
 
 
+def beyond_range(values: Tensor, dtype: torch.dtype) -> int:
+    """How many finite values a cast to `dtype` would lose to infinity, or to its largest number."""
+    if not (dtype.is_floating_point and values.is_floating_point()):
+        return 0
+    limits = torch.finfo(dtype)
+    if limits.max >= torch.finfo(values.dtype).max:
+        return 0
+    wide = _comparable(values)
+    if wide.numel() == 0:
+        return 0
+    least, most = (float(end) for end in torch.aminmax(wide))
+    if -limits.max <= least and most <= limits.max:
+        return 0  # one read, and nearly always the answer
+    infinite = ~torch.isfinite(_comparable(wide.to(dtype)))
+    clipped = wide.abs() > limits.max * (1.0 + limits.eps)  # some float8 casts saturate
+    return int((torch.isfinite(wide) & (infinite | clipped)).sum())
+
+
 def keep_(averages: Sequence[Tensor], kept: Sequence[Tensor] | None, skip: Tensor | None) -> None:
     """Put back what was kept where `skip`, a number on the device, is not zero."""
     if kept is None or skip is None:
