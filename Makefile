@@ -34,7 +34,7 @@ format: $(READY) ## Put the code into shape
 	$(BIN)/ruff check --fix .
 
 docs: $(READY) ## The documentation as a site; a warning is an error
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 prove: $(READY) ## Long proofs: the weight law at length, every interrupt of the exchange
 	$(BIN)/python -m pytest -n 2 -m prove

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -774,3 +775,70 @@ def test_errors_are_ours_and_those_a_stranger_would_catch(
     assert issubclass(error, polyak.AveragingError)
     assert issubclass(error, builtin)
     assert issubclass(polyak.AveragingWarning, UserWarning)
+
+
+def test_the_likeliest_first_mistakes_are_refused_in_words(tmp_path: Path) -> None:
+    """Several averages where one is wanted, a class for a schedule, a function of one argument."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    several = polyak.Averages(model, {"short": polyak.Uniform()})
+    wrong: Any = polyak
+    mistakes: list[tuple[Callable[[], object], str]] = [
+        (lambda: wrong.Average(model, polyak.Uniform), "schedule must be a schedule such as"),
+        (lambda: wrong.Average(model, lambda step: 0.9), "must take the keywords now and elapsed"),
+        (lambda: wrong.Averages(model, polyak.Uniform()), "schedule by name"),
+        (lambda: wrong.Average(model, dtype="float32"), "floating point torch.dtype"),
+        (lambda: wrong.Average(model, device="gpu"), "device must be a torch device"),
+        (lambda: wrong.Average(model, include=3), "include must be a pattern"),
+        (lambda: wrong.Window(model, 2, every="a"), "every must be above 0"),
+        (lambda: wrong.save(several, tmp_path / "a"), r"averages\['short'\]"),
+        (lambda: wrong.save(model, tmp_path / "a"), "must be a polyak.Average or Window"),
+        (lambda: wrong.refresh_norms(several, []), r"averages\['short'\]"),
+        (lambda: wrong.refresh_norms(model, [], limit=1.5), "limit must be at least 1 batch"),
+        (lambda: wrong.Average(model).copy_to(model, share="a"), "share must be above 0"),
+        (lambda: wrong.Average(model).update("5"), "now must be a finite number"),
+        (lambda: wrong.Average(model).update(True), "now must be a finite number"),
+    ]
+    for call, says in mistakes:
+        with pytest.raises(polyak.ArgumentError, match=says):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tensors have moved and some have not: the average is refused until it is made anew."""
+    live = {name: torch.ones(3) for name in "abc"}
+    average = polyak.Average(live, polyak.Exponential(decay=0.5, debias=False))
+    state = average.state_dict()
+    saved = {n: t.clone() for n, t in state["averages"]["average"]["tensors"].items()}
+    state["averages"]["average"]["tensors"] = saved
+    calls = 0
+    lerp_ = Tensor.lerp_
+
+    def interrupted(self: Tensor, *args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return lerp_(self, *args)
+
+    monkeypatch.setattr(Tensor, "lerp_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        average.update()
+    monkeypatch.undo()
+    assert "interrupted half-way" in str(average.report())
+    for use in (average.update, average.weights, average.state_dict):
+        with pytest.raises(polyak.OrderError, match="interrupted half-way"):
+            use()
+    average.load_state_dict(state)
+    assert average.update() == 0.5
+
+
+def test_a_layer_added_after_building_is_refused_at_the_next_update() -> None:
+    """Not at the end of the run, when the weights are asked for."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    average = polyak.Average(model)
+    average.update()
+    model.append(nn.Linear(2, 2))
+    with pytest.raises(polyak.MatchError, match=r"2 more: \['1.weight', '1.bias'\]"):
+        average.update()
+    assert average.updates == 1

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import polyak
-from polyak._files import _safetensors
+from polyak._files import _atomic, _safetensors
 
 
 class Net(nn.Module):
@@ -439,3 +441,18 @@ def test_a_cap_that_was_never_reached_is_said_when_the_weights_are_saved(tmp_pat
     with pytest.warns(polyak.AveragingWarning, match=r"CountRamp.*8,990"):
         polyak.save(average, tmp_path / "a.safetensors")
     polyak.save(average, tmp_path / "b.safetensors")  # said once
+
+
+def test_what_a_killed_process_left_behind_is_swept_away(tmp_path: Path) -> None:
+    """A temporary file of a process that is gone goes; that of a living one stays."""
+    path = tmp_path / "a.safetensors"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left, alive = (
+        tmp_path / f".a.safetensors.{_atomic._HOST}.{pid}.partial"
+        for pid in (gone.pid, os.getppid())
+    )
+    left.touch()
+    alive.touch()
+    polyak.save(polyak.Average(nn.Linear(2, 1)), path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, path.name])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._applied import applied
-from ._engine import Engine, NonFinite, Rounding
+from ._engine import Engine, NonFinite, Rounding, check_memory_not_lent
 from ._errors import ArgumentError, OrderError
 from ._follow import Clock, Follower
 from ._norms import Forward, recompute
@@ -59,7 +59,7 @@ class Uses:
             OrderError: inside another `applied()` over the same weights; for a lost average; on
                 exit, when a parameter was changed inside the block.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(2, 1)
             >>> average = Average(model)
             >>> with average.applied():
@@ -153,7 +153,7 @@ class Uses:
         for note in unreached_caps(self._engine, self._row):
             self._engine.warn_once("cap", f"save: {note}.")
 
-    def provenance(self) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, Any]:
         """What a file of these weights says about them: the rule, clock and memory."""
         self._refresh()
         memory = self._engine.rows[self._row].memory
@@ -218,7 +218,7 @@ class Average(Uses):
         ArgumentError: nothing to average, a pattern without a match, a value out of range.
         OrderError: an uninitialised lazy parameter, or a tensor on the meta device.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1)
         >>> average = Average(model, Power(sigma_rel=0.05))
         >>> average.update()  # the first update of a power function copies the live weights
@@ -366,7 +366,7 @@ class Averages(Mapping[str, Average]):
         schedules: name to schedule, at least one.
         now, dtype, device, include, exclude, roles, nonfinite, rounding, seed: as for `Average`.
 
-    Example:
+    Examples:
         >>> from polyak import Exponential
         >>> model = torch.nn.Linear(2, 1)
         >>> averages = Averages(
@@ -393,8 +393,12 @@ class Averages(Mapping[str, Average]):
         rounding: Rounding = "nearest",
         seed: int = 0,
     ) -> None:
-        if not schedules:
-            raise ArgumentError("schedules must name at least one schedule, got none.")
+        named = isinstance(schedules, Mapping) and all(isinstance(n, str) for n in schedules)
+        if not (named and schedules):
+            raise ArgumentError(
+                "schedules must be at least one schedule by name, such as "
+                f'{{"short": polyak.Exponential(half_life=100)}}, got {schedules!r}.'
+            )
         inventory = take_inventory(model_or_tensors, include=include, exclude=exclude, roles=roles)
         self._engine = Engine(
             inventory,
@@ -445,6 +449,10 @@ class Averages(Mapping[str, Average]):
     def follow(self, *optimizers: Optimizer, every: int = 1, now: Clock | None = None) -> Follower:
         """Update after each step that the optimizers really take; see `Average.follow`."""
         return Follower(optimizers, self._engine, self._engine.update, every=every, now=now)
+
+    def report(self) -> dict[str, Report]:
+        """The report of each average; see `Average.report`."""
+        return {name: member.report() for name, member in self._members.items()}
 
     def reset(self, *, now: float | None = None) -> None:
         """Start all of them again from the live weights."""
@@ -505,12 +513,30 @@ def refresh_norms(
     Raises:
         ArgumentError: no batches, no batch norm, a batch that needs `forward`.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
         >>> average = Average(model)
         >>> refresh_norms(average, [torch.randn(8, 2), torch.randn(8, 2)])
         2
     """
     if isinstance(average_or_model, nn.Module):
+        memory = (
+            t for m in average_or_model.modules() for t in m._parameters.values() if t is not None
+        )
+        check_memory_not_lent(memory, "refresh_norms of the model")
         return recompute(average_or_model, batches, forward=forward, limit=limit)[0]
+    check_is_average(average_or_model)
     return average_or_model._refresh_norms(batches, forward, limit)
+
+
+def check_is_average(average: object) -> None:
+    """Refuse what is not one average, and say how to get at one."""
+    if isinstance(average, Averages):
+        raise ArgumentError(
+            f"average must be one average, got Averages of {list(average)}. "
+            f"Pass a member: averages[{next(iter(average))!r}]."
+        )
+    if not isinstance(average, Uses):
+        raise ArgumentError(
+            f"average must be a polyak.Average or Window, got {type(average).__name__}."
+        )

@@ -22,7 +22,7 @@ class History:
     the schedules it is all that a profile needs to be the one that really happened, whatever the
     intervals, changes of schedule and resumes were.
 
-    Example:
+    Examples:
         >>> history = History()
         >>> for elapsed in (1, 1, 1, 5):
         ...     history.append(elapsed)

@@ -53,7 +53,7 @@ def convert(schedule: Schedule, to: type[_S], *, exact: bool = True) -> _S:
     Raises:
         ArgumentError: when the two classes share no average, or only in the limit.
 
-    Example:
+    Examples:
         >>> convert(InverseGamma(4.0, power=1.0, max_decay=1.0), Polynomial)
         Polynomial(eta=3.0)
         >>> convert(Uniform(), Power)
@@ -142,7 +142,7 @@ def constant_decay(schedule: Schedule) -> float | None:
 
     Only an `Exponential`, also behind an `After`, holds one; the ramps may never reach theirs.
 
-    Example:
+    Examples:
         >>> constant_decay(After(10, Exponential(decay=0.999)))
         0.999
     """
@@ -177,7 +177,7 @@ def schedule_state(schedule: Schedule) -> dict[str, Any]:
     What is not one of this module's classes (a function, a class of one's own) has the name
     "opaque": its code is not saved, and `schedule_from_state` asks for it again.
 
-    Example:
+    Examples:
         >>> schedule_state(After(10, Power(sigma_rel=0.05)))
         {'name': 'After', 'start': 10, 'schedule': {'name': 'Power', 'sigma_rel': 0.05}}
     """
@@ -200,7 +200,7 @@ def schedule_from_state(state: Mapping[str, Any], *, opaque: Schedule | None = N
         ArgumentError: when the state names no schedule of this version, has other fields or values
             out of range, or is opaque and `opaque` is not given.
 
-    Example:
+    Examples:
         >>> schedule_from_state({"name": "Exponential", "half_life": 1000.0, "debias": True})
         Exponential(half_life=1000.0)
     """

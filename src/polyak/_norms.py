@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._engine import is_count
 from ._errors import ArgumentError
 from ._roles import walk
 
@@ -36,8 +37,8 @@ def recompute(
     Returns:
         How many batches were used, and the new statistics by canonical name.
     """
-    if limit is not None and not limit >= 1:
-        raise ArgumentError(f"limit must be at least 1 batch, got {limit!r}.")
+    if limit is not None and not is_count(limit):
+        raise ArgumentError(f"limit must be at least 1 batch, a whole number, got {limit!r}.")
     call = forward or _plain_forward
     layers = [_Layer(prefix, norm) for prefix, norm in _layers(model)]
     if not layers:

@@ -28,7 +28,7 @@ class Profile:
         weights: weight of the live weights of each update [updates].
         initial: weight that the initial weights still have; weights and it sum to 1.
 
-    Example:
+    Examples:
         >>> from polyak._schedules import Uniform
         >>> profile(Uniform(), [1, 2, 3, 4]).weights.tolist()
         [0.25, 0.25, 0.25, 0.25]
@@ -125,7 +125,7 @@ def profile(schedule: Schedule, times: npt.ArrayLike) -> Profile:
     Raises:
         ArgumentError: when the times do not increase from above 0, or a decay is not in [0, 1].
 
-    Example:
+    Examples:
         >>> from polyak._schedules import Exponential
         >>> plain = profile(Exponential(decay=0.5, debias=False), [1, 2, 3])
         >>> plain.weights.tolist(), plain.initial

@@ -175,20 +175,21 @@ def _tensors(engine: Engine) -> tuple[TensorReport, ...]:
 
 @torch.no_grad()
 def _distance(engine: Engine, values: list[Tensor]) -> float | None:
-    apart = size = 0.0
+    apart, size = [], []
     for entry, value in zip(engine.entries, values, strict=True):
         live = entry.live().detach()
         if engine.loan is not None:
             live = engine.loan.live.get(entry.name, live)
         wide = torch.complex128 if live.is_complex() else torch.float64
         x, y = live.to(value.device, wide), value.to(wide)
-        apart += float((y - x).abs().square().sum())
-        size += float(x.abs().square().sum())
-    if not (math.isfinite(apart) and math.isfinite(size)):
+        apart.append(float((y - x).abs().square().sum()))
+        size.append(float(x.abs().square().sum()))
+    if not all(map(math.isfinite, apart + size)):
         return None
-    if size == 0.0:
-        return 0.0 if apart == 0.0 else None
-    return math.sqrt(apart / size)
+    # Exactly rounded sums: the order in which a model declares its layers does not show.
+    if math.fsum(size) == 0.0:
+        return 0.0 if math.fsum(apart) == 0.0 else None
+    return math.sqrt(math.fsum(apart) / math.fsum(size))
 
 
 def _short(dtype: torch.dtype) -> str:

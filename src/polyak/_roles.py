@@ -405,6 +405,11 @@ def _selector(
 ) -> Callable[[str, Tensor], bool] | None:
     if selector is None or callable(selector):
         return selector
+    if not isinstance(selector, Iterable) or not all(isinstance(p, str) for p in selector):
+        raise ArgumentError(
+            f"{argument} must be a pattern, several, or a function of name and tensor, "
+            f"got {selector!r}."
+        )
     patterns = [selector] if isinstance(selector, str) else list(selector)
     _check_patterns(patterns, argument, names)
     return lambda name, _: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ._average import Uses
+from ._average import Uses, check_is_average
 from ._errors import ArgumentError
 from ._files import read_tensors, write_tensors
 from ._weights import load_into
@@ -39,7 +39,7 @@ def save(
     Raises:
         ArgumentError: no such folder; a dtype that safetensors or the values do not fit.
 
-    Example:
+    Examples:
         >>> import polyak, tempfile
         >>> average = polyak.Average(torch.nn.Linear(2, 1))
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +49,7 @@ def save(
     """
     if ties not in ("drop", "copy"):
         raise ArgumentError(f"ties must be 'drop' or 'copy', got {ties!r}.")
+    check_is_average(average)
     average._ready("save")
     tensors = average.weights(dtype)
     foreign = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
@@ -58,7 +59,7 @@ def save(
             "Use torch.save(average.weights(), path) instead."
         )
     average._warn_of_unreached_cap()
-    about = {"kind": "averaged weights", **average.provenance(), "polyak": _version()}
+    about = {"kind": "averaged weights", **average._provenance(), "polyak": _version()}
     kept, dropped = _split_ties(tensors)
     if ties == "copy":
         kept |= {name: tensors[name].clone() for name in dropped}

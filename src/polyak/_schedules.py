@@ -58,7 +58,7 @@ class Power:
     Raises:
         ArgumentError: when a value is out of range, or not exactly one of the two is given.
 
-    Example:
+    Examples:
         >>> Power(gamma=0.0)(now=4, elapsed=1)
         0.75
         >>> Power(sigma_rel=0.05)
@@ -115,7 +115,7 @@ class Exponential:
     Raises:
         ArgumentError: when a value is out of range, or not exactly one of the two is given.
 
-    Example:
+    Examples:
         >>> Exponential(decay=0.5, debias=False)(now=10, elapsed=2)
         0.25
         >>> Exponential(half_life=1_000)(now=1, elapsed=1)
@@ -152,7 +152,7 @@ class Exponential:
             samples: number of equal, independent weights that average as well; at least 1.
             debias: as in the class.
 
-        Example:
+        Examples:
             >>> Exponential.from_noise_window(3)
             Exponential(decay=0.5)
         """
@@ -169,7 +169,7 @@ class Exponential:
             age: mean age in units of time, when updated once per unit; at least 0.
             debias: as in the class.
 
-        Example:
+        Examples:
             >>> Exponential.from_mean_age(999)
             Exponential(decay=0.999)
         """
@@ -188,7 +188,7 @@ class Exponential:
                 unit. pi gives 3 - 2 sqrt(2) = 0.1716, the smallest decay that has a cutoff.
             debias: as in the class.
 
-        Example:
+        Examples:
             >>> round(Exponential.from_cutoff(0.0010005001).decay, 6)
             0.999
         """
@@ -212,7 +212,7 @@ class Exponential:
     def in_decay(self) -> "Exponential":
         """Return the same schedule, spelled with `decay`.
 
-        Example:
+        Examples:
             >>> Exponential(half_life=1.0).in_decay()
             Exponential(decay=0.5)
         """
@@ -223,7 +223,7 @@ class Exponential:
     def in_half_life(self) -> "Exponential":
         """Return the same schedule, spelled with `half_life`; decays 0 and 1 have none.
 
-        Example:
+        Examples:
             >>> Exponential(decay=0.5).in_half_life()
             Exponential(half_life=1.0)
         """
@@ -268,7 +268,7 @@ class Uniform:
     it for a tail: `After(start, Uniform())` is stochastic weight averaging
     (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407).
 
-    Example:
+    Examples:
         >>> Uniform()(now=4, elapsed=1)
         0.75
     """
@@ -296,7 +296,7 @@ class HalfLifeRamp:
         ratio: half-life as a share of the run so far, above 0. 0.05 is the classic choice.
         half_life: upper limit, in units of time, above 0; None for none.
 
-    Example:
+    Examples:
         >>> HalfLifeRamp(0.05, half_life=100)(now=5_000, elapsed=100)
         0.5
         >>> HalfLifeRamp(0.05)
@@ -345,7 +345,7 @@ class Polynomial:
         eta: exponent, above -1. 0 is the plain mean, 3 the customary choice.
         unit: time of one step; `now` must be a whole number of them.
 
-    Example:
+    Examples:
         >>> Polynomial(3.0)(now=5, elapsed=1)
         0.5
         >>> round(Polynomial(0.0)(now=8, elapsed=4), 12)  # four steps at once
@@ -391,7 +391,7 @@ class CountRamp:
         decay: cap, in [0, 1].
         unit: time of one step; `now` must be a whole number of them.
 
-    Example:
+    Examples:
         >>> CountRamp(0.999)(now=8, elapsed=1)
         0.5
     """
@@ -409,7 +409,7 @@ class CountRamp:
 
         A run that ends before it never uses `decay`.
 
-        Example:
+        Examples:
             >>> round(CountRamp(0.999).saturation)
             8990
         """
@@ -450,7 +450,7 @@ class ExponentialRamp:
         tau: time constant of the ramp, in steps, above 0.
         unit: time of one step; `now` must be a whole number of them.
 
-    Example:
+    Examples:
         >>> round(ExponentialRamp(0.9999)(now=2_000, elapsed=1), 4)
         0.6321
     """
@@ -503,7 +503,7 @@ class InverseGamma:
         max_decay: upper limit, in [min_decay, 1].
         unit: time of one step; `now` must be a whole number of them.
 
-    Example:
+    Examples:
         >>> InverseGamma(power=1.0)(now=4, elapsed=1)
         0.75
     """
@@ -560,7 +560,7 @@ class Cosine:
         total: time at which the decay reaches 1, above 0, in the unit of `now`.
         unit: time of one step; `now` must be a whole number of them.
 
-    Example:
+    Examples:
         >>> round(Cosine(0.996, total=100)(now=50, elapsed=1), 12)
         0.998
         >>> Cosine(0.996, total=100)(now=200, elapsed=1)
@@ -612,7 +612,7 @@ class After:
         start: time up to which the average is a copy, at least 0.
         schedule: any schedule, plain functions too.
 
-    Example:
+    Examples:
         >>> tail = After(100, Uniform())
         >>> tail(now=100, elapsed=1), tail(now=101, elapsed=1), tail(now=102, elapsed=1)
         (0.0, 0.0, 0.5)
@@ -654,7 +654,7 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     Args:
         sigma_rel: standard deviation of the profile as a share of the run, in (0, 0.2887).
 
-    Example:
+    Examples:
         >>> round(gamma_from_sigma_rel(0.05), 4)
         16.9722
     """
@@ -681,7 +681,7 @@ def sigma_rel_from_gamma(gamma: float) -> float:
     Args:
         gamma: exponent of the profile, above -1.
 
-    Example:
+    Examples:
         >>> round(sigma_rel_from_gamma(6.9372), 5)
         0.1
     """

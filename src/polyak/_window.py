@@ -46,7 +46,7 @@ class Window(Uses):
         every: units of time between captures.
         now, dtype, device, include, exclude, roles, nonfinite: as for `Average`.
 
-    Example:
+    Examples:
         >>> live = {"w": torch.zeros(1)}
         >>> window = Window(live, k=2)
         >>> for step in range(1, 5):
@@ -72,7 +72,7 @@ class Window(Uses):
     ) -> None:
         if not is_count(k):
             raise ArgumentError(f"k must be a whole number of captures, at least 1, got {k!r}.")
-        if not 0 < every < float("inf"):
+        if not (isinstance(every, int | float) and 0 < every < math.inf):
             raise ArgumentError(f"every must be above 0, got {every!r}.")
         inventory = take_inventory(model_or_tensors, include=include, exclude=exclude, roles=roles)
         # The engine's one row is the mean, computed when it is asked for; its schedule is not used.
