@@ -82,7 +82,7 @@ def load_engine_state(
     """Go on from `state`: check all of it, then write."""
     engine.check_not_lent("load_state_dict")
     check_header(state, kind)
-    state, reinitialised = fitted(engine, state, on_mismatch)
+    state, anew, left_out = fitted(engine, state, on_mismatch)
     averages = part(state, "averages", Mapping)
     if set(averages) != set(names):
         raise MatchError(
@@ -111,10 +111,11 @@ def load_engine_state(
     engine.set_clock(*clock)
     engine.held_back = incidents
     engine.after_load()
-    if reinitialised:
+    if anew or left_out:
         warnings.warn(
-            f"load_state_dict: {len(reinitialised)} averages did not fit the state and start from "
-            f"the live weights: {reinitialised[:3]}.",
+            f"load_state_dict: {len(anew)} averages did not fit the state and start from the live "
+            f"weights: {anew[:3]}; {len(left_out)} that only the state has were left out: "
+            f"{left_out[:3]}.",
             AveragingWarning,
             stacklevel=frames_to_the_user(),
         )
@@ -122,8 +123,8 @@ def load_engine_state(
 
 def fitted(
     engine: Engine, state: Mapping[str, Any], on_mismatch: OnMismatch
-) -> tuple[Mapping[str, Any], list[str]]:
-    """With "reinit": a state that fits the model, and the averages that it had to be given anew.
+) -> tuple[Mapping[str, Any], list[str], list[str]]:
+    """With "reinit": a state that fits the model, what it had to be given anew, and what it lost.
 
     Tensors that the state lacks or has in another shape are those of the live model (a new head);
     what only the state has is left out. With "error": the state as it is.
@@ -131,11 +132,13 @@ def fitted(
     if on_mismatch not in ("error", "reinit"):
         raise ArgumentError(f"on_mismatch must be 'error' or 'reinit', got {on_mismatch!r}.")
     if on_mismatch == "error":
-        return state, []
+        return state, [], []
     misfits: set[str] = set()
+    strangers: set[str] = set()
 
     def fit(saved: Mapping[str, Any]) -> dict[str, Any]:
         tensors = {}
+        strangers.update(set(saved) - set(engine.slots))
         for entry, ours in zip(engine.entries, engine.rows[0].tensors, strict=True):
             theirs = saved.get(entry.name)
             if isinstance(theirs, Tensor) and theirs.shape == ours.shape:
@@ -162,7 +165,7 @@ def fitted(
         new["live"] = {n: t for n, t in lent.items() if n not in misfits}
     counts = part(state, "nonfinite", Mapping)
     new["nonfinite"] = {n: c for n, c in counts.items() if n in engine.slots}
-    return new, sorted(misfits)
+    return new, sorted(misfits), sorted(strangers)
 
 
 def check_header(state: Mapping[str, Any], kind: str) -> None:

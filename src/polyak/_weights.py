@@ -1,14 +1,21 @@
 """The full set of tensors that an average stands for: to load, to save, to write into a module."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from . import _kernels as kernels
-from ._engine import Engine, check_fits, check_memory_not_lent, kind
-from ._errors import ArgumentError, MatchError
+from ._engine import (
+    Engine,
+    check_fits,
+    check_memory_not_lent,
+    frames_to_the_user,
+    kind,
+)
+from ._errors import ArgumentError, AveragingWarning, MatchError
 from ._roles import Entry, Inventory, take_inventory
 
 
@@ -110,6 +117,8 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> N
     check_memory_not_lent((entry.live() for entry in target.entries), "load_weights")
     names = [name for name, _ in target.order]
     missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
+    no_longer = [name for name in extra if name in target.index]  # non-persistent by now
+    extra = [name for name in extra if name not in target.index]
     if missing or extra:
         raise MatchError(
             f"{origin} and the model must hold the same tensors, got {len(missing)} only in the "
@@ -126,3 +135,10 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> N
             )
     for name, index in target.order:
         kernels.write_(target.entries[index].live(), tensors[name])
+    if no_longer:
+        warnings.warn(
+            f"load_weights: {origin} holds {no_longer[:3]}, which the model no longer saves "
+            "(non-persistent buffers): left as they are in the model.",
+            AveragingWarning,
+            stacklevel=frames_to_the_user(),
+        )
