@@ -4,9 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from polyak import _engine
 
+# The same examples everywhere, and no test fails because a machine is busy.
+settings.register_profile("polyak", deadline=None, derandomize=True)
+settings.load_profile("polyak")
 torch.set_num_threads(1)  # tests run side by side, and sums must not depend on the machine
 
 
