@@ -382,10 +382,10 @@ class Engine:
         versions = zip(self.entries, self._watched, strict=True)
         if any(seen != version_of(e.live()) for e, seen in versions if e.kind != "buffer"):
             return True
-        # Fused optimizers write without raising the version; a copy shows it, looked at once.
-        unseen = self._equal_to_live and not self._still_equals_live()
-        self._equal_to_live = False
-        return unseen
+        # Fused optimizers write without raising the version; the values show it.
+        if self._equal_to_live and not self._still_equals_live():
+            self._equal_to_live, self._differs = False, True
+        return self._differs
 
     @torch.no_grad()
     def _still_equals_live(self) -> bool:
@@ -443,6 +443,7 @@ class Engine:
         """Remember what the averages and the live weights look like before the next update."""
         self._watched = [version_of(entry.live()) for entry in self.entries]
         self._watched_updates, self._watched_steps = self.updates, self.steps
+        self._differs = False
         self._suspects = {
             slot
             for row in self.rows
