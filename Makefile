@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help study test check format prove docs study-docs clean
+.PHONY: help study test check format prove docs study-docs regressions clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,7 +36,7 @@ format: $(READY) ## Put the code into shape
 docs: $(READY) ## The documentation as a site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-prove: $(READY) ## Long proofs: the weight law at length, every interrupt of the exchange
+prove: $(READY) ## Long proofs: kills in the middle of saving, thousands of events, precision at every decay
 	$(BIN)/python -m pytest -n 2 -m prove
 
 study-docs: $(READY) ## The committed study results of docs/: about half an hour on 2 cores
@@ -44,5 +44,24 @@ study-docs: $(READY) ## The committed study results of docs/: about half an hour
 	$(BIN)/polyak study text --seeds 5 --jobs 2 --out docs/studies/text --force
 	$(BIN)/polyak study digits --seeds 5 --jobs 2 --out docs/studies/digits --force
 
+# An environment of its own: what other libraries need must never reach polyak's. They come without
+# their dependencies, which are all in the list, so that nothing replaces the pinned torch; a package
+# that cannot be installed costs its column of the table, not the table.
+PEERS := benchmarks/regressions/requirements.txt
+PEERS_READY := .venv-regressions/.ready
+
+$(PEERS_READY): requirements/lock.txt $(PEERS)
+	$(PYTHON) -m venv .venv-regressions
+	.venv-regressions/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/lock.txt torch numpy safetensors
+	.venv-regressions/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --requirement $(PEERS) \
+		|| grep -v '^#' $(PEERS) | xargs -n 1 .venv-regressions/bin/python -m pip install \
+			--quiet --disable-pip-version-check --no-deps || true
+	@touch $@
+
+regressions: $(PEERS_READY) ## The failures of the field, asked of polyak and six others: docs/regressions.md
+	PYTHONPATH=src .venv-regressions/bin/python benchmarks/regressions/run.py
+
 clean: ## Remove what the targets made
-	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache study-regression study-digits
+	rm -rf .venv .venv-regressions site .pytest_cache .mypy_cache .ruff_cache study-regression study-digits

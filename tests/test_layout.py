@@ -33,10 +33,10 @@ FLOORS = [
     "_window",
     "_save",
     "__init__",
+    "testing",
     "study",
     "cli",
 ]
-EDGES = {"cli", "study"}
 
 
 def room(path: Path) -> str:

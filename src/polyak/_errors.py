@@ -3,7 +3,9 @@
 AveragingError
 ├── ArgumentError   a value from which no average can be made   (also a ValueError)
 ├── MatchError      tensors that do not belong together         (also a ValueError)
-└── OrderError      a call made at the wrong moment             (also a RuntimeError)
+├── OrderError      a call made at the wrong moment             (also a RuntimeError)
+└── ResumeError     a run that does not go on bit for bit       (also an AssertionError;
+                    raised and defined in `polyak.testing`)
 
 AveragingWarning    said once, where silence would cost a run   (a UserWarning)
 """
