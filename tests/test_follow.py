@@ -433,6 +433,7 @@ def test_a_skip_on_the_device_moves_nothing_and_the_clock_is_right_after_the_nex
             Counting.asked = 0
             fused_step(optimizer, skip)
             assert Counting.asked == 0
+            assert len(average._engine._doubts) == 1  # this step's flag is not looked at yet
             moved = [not torch.equal(t, before[n]) for n, t in average.tensors.items()]
             assert not any(moved) if skip else any(moved)
         results.append((average.state_dict(), average.report(), average.now))
@@ -478,3 +479,72 @@ def test_a_follower_that_never_leads_to_an_update_is_said_once() -> None:
     step(other, foreign)
     with pytest.warns(polyak.AveragingWarning, match="follow the one that trains this model"):
         lost.weights()
+
+
+def test_a_skip_of_one_of_several_optimizers_does_not_shift_the_phase() -> None:
+    """The last one named closes a step, so a scaler may skip the other without consequence."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    first, second = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
+    average = polyak.Average(model, polyak.Exponential(decay=0.0))
+    average.follow(first, second)
+    for skipped in (None, first, None, second, None):
+        model(torch.ones(2, 3)).sum().backward()
+        for optimizer in (first, second):
+            if optimizer is not skipped:
+                optimizer.step()
+        if skipped is not second:
+            for name, tensor in average.tensors.items():
+                assert torch.equal(tensor, model.get_parameter(name))
+    assert (average.updates, average.now) == (4, 4)
+
+
+def test_an_optimizer_around_another_is_followed_itself() -> None:
+    """Lookahead writes the weights after the inner step; the average sees what it has written."""
+
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            super().__init__(optimizer.param_groups, {})
+            self.optimizer = optimizer
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.optimizer.step()
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter.mul_(0.5)
+
+    model, optimizer = pair()
+    outer = Lookahead(optimizer)
+    average = polyak.Average(model, polyak.Exponential(decay=0.0))
+    average.follow(outer)
+    model(torch.ones(2, 3)).sum().backward()
+    outer.step()
+    assert average.updates == 1
+    assert torch.equal(average.tensors["weight"], model.weight)
+
+
+def test_steps_seen_before_a_follower_was_removed_count() -> None:
+    """The next update by hand carries their time."""
+    model, optimizer = pair()
+    average = polyak.Average(model)
+    follower = average.follow(optimizer, every=40)
+    for _ in range(3):
+        step(model, optimizer)
+    follower.remove()
+    average.update()
+    assert average.now == 3
+
+
+def test_a_skip_on_the_device_keeps_refreshed_statistics() -> None:
+    """Nothing has changed, so what was recomputed for the averaged weights is still right."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    average = polyak.Average(model)
+    average.follow(optimizer)
+    model(torch.randn(8, 3)).sum().backward()
+    fused_step(optimizer, 0.0)
+    polyak.refresh_norms(average, [torch.randn(8, 3)])
+    before = average.weights()
+    fused_step(optimizer, 1.0)
+    assert average.now == 1
+    assert all(torch.equal(t, before[n]) for n, t in average.weights().items())

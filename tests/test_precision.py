@@ -31,11 +31,14 @@ def errors(
     noise: float = 0.0,
     constants: float = 8.0,
     function: bool = False,
+    on_grid: bool = False,
 ) -> tuple[float, float]:
     """Error of the average relative to the move: its typical size, and its mean."""
     random = torch.Generator().manual_seed(1)
     start = torch.randn(weights, generator=random).to(torch.bfloat16).float()
     target = 1.1 * start
+    if on_grid:  # live weights in bfloat16 can only be what bfloat16 holds
+        target = target.to(torch.bfloat16).float()
     live = {"w": start.clone()}
     exponential = polyak.Exponential(decay=decay, debias=False)
     rule: polyak.Schedule = exponential
@@ -63,6 +66,22 @@ def test_bfloat16_rounded_to_nearest_never_moves(decay: float) -> None:
     size, mean = errors(decay, torch.bfloat16, "nearest", function=True)
     assert size == pytest.approx(1.0, abs=2e-3)  # the exact average has all but e^-8 of the move
     assert mean == pytest.approx(-1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+def test_bfloat16_rounded_stochastically_arrives(decay: float) -> None:
+    """Within 1e-2 of the move where the target is a bfloat16 itself, as bfloat16 weights are."""
+    size, _ = errors(decay, torch.bfloat16, "stochastic", weights=4_000, on_grid=True)
+    assert size <= 1e-2
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.996, 0.999])
+def test_bfloat16_rounded_stochastically_arrives_at_every_decay(decay: float) -> None:
+    """Within 1e-2 of the move, and on average within 1e-4 of it: SCIENCE test 6, 20,000 weights."""
+    size, mean = errors(decay, torch.bfloat16, "stochastic", weights=20_000, on_grid=True)
+    assert size <= 1e-2
+    assert abs(mean) <= 1e-4
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.996, 0.999])
@@ -166,6 +185,24 @@ def test_stochastic_rounding_takes_one_of_the_two_neighbours_and_is_unbiased(
     assert torch.all((least >= below) & (most <= above))
     standard_error = (above - below) / (2.0 * math.sqrt(draws))
     assert torch.all((total / draws - values).abs() <= 5.0 * standard_error + 1e-12 * size)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz],
+)
+def test_float8_rounds_to_a_neighbour_of_the_same_sign(dtype: torch.dtype) -> None:
+    """Also below its smallest number, and where the pattern of minus zero is NaN (fnuz)."""
+    tiny = float(torch.finfo(dtype).smallest_normal) / 2.0 ** (2 if "e5m2" in str(dtype) else 3)
+    values = torch.tensor([-0.7 * tiny, 0.7 * tiny, -1.3, 1.3], dtype=torch.float32).repeat(4_000)
+    bits = hashed_bits(stream_key(0, "w", 1), torch.arange(len(values)))
+    rounded = round_stochastically(values, dtype, bits).to(torch.float32).view(-1, 4)
+    assert torch.isfinite(rounded).all()
+    assert (rounded.abs() * values.view(-1, 4).sign() == rounded).all()
+    assert all(len(column.unique()) == 2 for column in rounded.T)
+    error = rounded.mean(0) - values[:4]
+    spread = (rounded.max(0).values - rounded.min(0).values) / (2 * math.sqrt(4_000))
+    assert (error.abs() <= 5 * spread).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -690,3 +690,50 @@ def test_a_new_head_starts_from_the_live_weights_when_asked(kind: str) -> None:
 
     with pytest.raises(polyak.ArgumentError, match="on_mismatch must be"):
         new.load_state_dict(state, on_mismatch="skip")
+
+
+def test_a_state_of_which_nothing_fits_is_refused_also_with_reinit() -> None:
+    """It is another model's file; its clock must not be taken over."""
+    average = polyak.Average(nn.Linear(3, 2))
+    foreign = polyak.Average({"other": torch.ones(5)})
+    foreign.update(now=1_000)
+    with pytest.raises(polyak.MatchError, match="something that fits"):
+        average.load_state_dict(foreign.state_dict(), on_mismatch="reinit")
+    assert average.now == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_average_first_and_model_second_is_no_reason_to_warn() -> None:
+    """Both orders of loading a checkpoint are usual."""
+    old = nn.Linear(3, 2)
+    saved = polyak.Average(old)
+    saved.update()
+    new = nn.Linear(3, 2)
+    average = polyak.Average(new)
+    average.load_state_dict(through_a_file(saved.state_dict()))
+    new.load_state_dict(old.state_dict())
+    average.weights()
+    assert average.report().notes == ()
+
+
+def test_an_interrupted_load_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the tensors are the saved ones: refused until a load or a reset goes through."""
+    average = polyak.Average({name: torch.ones(3) for name in "abc"})
+    state = copy.deepcopy(average.state_dict())
+    copy_, calls = Tensor.copy_, 0
+
+    def interrupted(self: Tensor, *args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return copy_(self, *args)
+
+    monkeypatch.setattr(Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        average.load_state_dict(state)
+    monkeypatch.undo()
+    with pytest.raises(polyak.OrderError, match="load was interrupted"):
+        average.update()
+    average.load_state_dict(state)
+    average.update()

@@ -288,7 +288,8 @@ class Average(Uses):
         following, `update()` without a time takes the steps since the last update.
 
         Args:
-            optimizers: all that train the model; one update after the LAST of them has stepped.
+            optimizers: all that train the model, in the order in which they step: the last one
+                named closes a step of the loop and brings the update.
             every: steps from one update to the next; the phase survives a resume.
             now: a function that tells the time, when it is counted in samples or tokens.
 
@@ -332,7 +333,8 @@ class Average(Uses):
             live: what to do with trained weights that a state taken inside `applied()` carries:
                 "restore" writes them into the live model.
             on_mismatch: "error" refuses a state with other names or shapes; "reinit" starts the
-                averages that do not fit (a new head) from the live weights, and warns by name.
+                averages that do not fit (a new head) from the live weights, on the clock of the
+                others, and warns by name; a state of which nothing fits is refused.
 
         Raises:
             ArgumentError: not a state of an average, or of an unknown format.

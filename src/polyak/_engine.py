@@ -116,7 +116,7 @@ class Doubt:
     now: float
     updates: int
     steps: int
-    memories: list[Memory]
+    rows: list[tuple[Memory, dict[str, Tensor]]]
 
     def was_skipped(self) -> bool:
         """Whether it was; waits for the device to have come so far."""
@@ -203,7 +203,8 @@ class Engine:
         """
         self.settle()
         if now is None:
-            now = self.now + 1 if self.follower is None else self.follower.time()
+            # Steps that a follower saw count, also after it was removed.
+            now = self.now + max(1, self.steps) if self.follower is None else self.follower.time()
         now = check_time(now)
         if not now > self.now:
             raise OrderError(
@@ -296,8 +297,8 @@ class Engine:
     def settle(self) -> None:
         """Set the clock back by the steps that turn out to have been skipped on the device.
 
-        Called at the next update, when the device has long passed them, and by all who read the
-        clock; the values need no correction.
+        Called at the next step and by all who read the clock: the host then waits for the device
+        to have come as far as the step before, no further. The values need no correction.
         """
         for doubt in reversed(self._doubts):
             if doubt.was_skipped():
@@ -305,15 +306,15 @@ class Engine:
         self._doubts = []
 
     def _doubt(self, skip: Tensor) -> Doubt:
-        memories = [replace(row.memory) for row in self.rows]
-        return Doubt(Later(skip), self.now, self.updates, self.steps, memories)
+        before = [(replace(row.memory), row.norms) for row in self.rows]
+        return Doubt(Later(skip), self.now, self.updates, self.steps, before)
 
     def _set_back(self, doubt: Doubt) -> None:
         if self.updates > doubt.updates:  # an update came with the step
             self.history.take_back()
             self.now, self.updates, self.steps = doubt.now, doubt.updates, doubt.steps
-            for row, memory in zip(self.rows, doubt.memories, strict=True):
-                row.memory = memory
+            for row, (memory, norms) in zip(self.rows, doubt.rows, strict=True):
+                row.memory, row.norms = memory, norms
         self.steps -= 1
 
     def copy_live(self) -> None:
@@ -420,6 +421,8 @@ class Engine:
             row.damage = ""
         self._equal_to_live = False
         self._watch()
+        if self.updates:  # what is written into the model now is its part of the same checkpoint
+            self._watched_updates = -1
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────
 

@@ -1,7 +1,6 @@
 """One update after every step that the optimizers really take."""
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import Any, final
 
 import torch
@@ -19,9 +18,10 @@ class Follower:
     """Hooks on optimizers that update an average; `remove()` takes them off again.
 
     A step that a gradient scaler skips in Python never calls the hooks. A fused optimizer learns of
-    the skip on the device: there the average keeps its values too, nobody waits, and the clock is
-    set right at the next update. With `every=k` the average is updated at every k-th step, with the
-    time of k steps: a coarser sampling of the same average.
+    the skip on the device: there the average keeps its values too, without waiting for this step,
+    and the clock is set right at the next one, when the host looks at this one's flag. With
+    `every=k` the average is updated at every k-th step, with the time of k steps: a coarser
+    sampling of the same average.
 
     Made by `follow`; not by hand.
     """
@@ -46,7 +46,7 @@ class Follower:
                 f"now must be a function that tells the time, got {now!r}. "
                 "For example now=lambda: samples_seen."
             )
-        bare = [unwrapped(optimizer) for optimizer in optimizers]
+        bare = list({id(o): o for o in map(unwrapped, optimizers)}.values())
         _refuse_steps_inside_backward(engine)
         old = engine.follower
         if isinstance(old, Follower) and old.active:
@@ -59,10 +59,9 @@ class Follower:
         self.every = every
         self._optimizers: list[Optimizer] = bare
         self._engine, self._update, self._now = engine, update, now
-        self._stepped: dict[int, Tensor | None] = {}  # who has, and its found_inf on the device
         self._handles = [
             handle
-            for optimizer in {id(o): o for o in bare}.values()
+            for optimizer in bare
             for handle in (
                 optimizer.register_step_pre_hook(self._before),
                 optimizer.register_step_post_hook(self._after),
@@ -97,27 +96,28 @@ class Follower:
             )
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        found = getattr(optimizer, "found_inf", None)  # set by a scaler, for a fused optimizer
-        self._stepped[id(optimizer)] = found if isinstance(found, Tensor) else None
-        if len(self._stepped) < len({id(o) for o in self._optimizers}):
-            return  # one update after the last of them
-        skips = list(self._stepped.values())
-        self._stepped = {}
-        self._engine.settle()  # the device knows by now which of the earlier steps it skipped
+        # The last one named closes a step of the loop. Waiting for all of them would go out of
+        # phase for good when a scaler skips one of several.
+        if optimizer is not self._optimizers[-1]:
+            return
+        self._engine.settle()
         self._engine.steps += 1
-        skipped = None
-        if all(skip is not None for skip in skips):  # a step that one of them took is a step
-            skipped = reduce(torch.minimum, (skip for skip in skips if skip is not None))
+        found = getattr(optimizer, "found_inf", None)  # set by a scaler, for a fused optimizer
+        skip = found if isinstance(found, Tensor) else None
         if self._engine.steps >= self.every:
-            self._update(self.time(), skipped)
-        elif skipped is not None:
-            self._engine.note_skip(skipped)
+            self._update(self.time(), skip)
+        elif skip is not None:
+            self._engine.note_skip(skip)
 
 
 def unwrapped(optimizer: object) -> Optimizer:
     """The torch optimizer inside wrappers such as Accelerate's, which hold it as `.optimizer`."""
     seen = optimizer
     for _ in range(8):  # wrappers in wrappers, and no more than sense
+        # An optimizer around another (Lookahead) does more than the inner one: its own step counts.
+        # Accelerate's is an Optimizer by name only: it was never set up as one and has no hooks.
+        if isinstance(seen, Optimizer) and hasattr(seen, "_optimizer_step_post_hooks"):
+            break
         inner = getattr(seen, "optimizer", None)
         if not (isinstance(inner, Optimizer) or hasattr(inner, "optimizer")):
             break

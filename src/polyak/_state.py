@@ -16,6 +16,7 @@ from ._identities import schedule_from_state, schedule_state
 from ._kernels import write_
 
 FORMAT = 1
+LOADING = "a load was interrupted half-way"
 
 OnSchedule = Literal["same", "replace"]
 OnLive = Literal["restore", "leave"]
@@ -101,6 +102,8 @@ def load_engine_state(
         engine, [averages[name] for name in names], history=clock[-1], same=schedule == "same"
     )
     restored = _live_targets(engine, state) if live == "restore" else []
+    for row in engine.rows:
+        row.damage = LOADING
     with torch.no_grad():
         for row, past, (tensors, memory, norms) in zip(engine.rows, pasts, rows, strict=True):
             for entry, target in zip(engine.entries, row.tensors, strict=True):
@@ -165,6 +168,11 @@ def fitted(
         new["live"] = {n: t for n, t in lent.items() if n not in misfits}
     counts = part(state, "nonfinite", Mapping)
     new["nonfinite"] = {n: c for n, c in counts.items() if n in engine.slots}
+    if misfits == set(engine.slots):
+        raise MatchError(
+            f"the state must have something that fits the average, got none of {len(misfits)} "
+            f"tensors such as {sorted(misfits)[:3]}. Load the state of this model."
+        )
     return new, sorted(misfits), sorted(strangers)
 
 

@@ -16,6 +16,7 @@ from ._follow import Clock, Follower
 from ._roles import RoleOverride, Selector, take_inventory
 from ._schedules import Uniform
 from ._state import (
+    LOADING,
     OnLive,
     OnMismatch,
     check_header,
@@ -158,12 +159,14 @@ class Window(Uses):
             live=live,
             on_mismatch=on_mismatch,
         )
+        self._engine.rows[0].damage = LOADING
         self._ring = [self._row_like_mean() for _ in ring]
         with torch.no_grad():
             for row, captured in zip(self._ring, ring, strict=True):
                 for entry, target in zip(self._engine.entries, row.tensors, strict=True):
                     target.copy_(captured[entry.name])
         self._times, self._stale = times, bool(ring)
+        self._engine.rows[0].damage = ""
 
     def _checked(self, state: Mapping[str, Any]) -> tuple[list[Mapping[str, Tensor]], list[float]]:
         """Captures and their times from a state that fits this window."""

@@ -47,23 +47,24 @@ class ForeachPlan:
         if keys is not None:
             pairs = zip(keys, self._averages[0], strict=True)
             bits = [hashed_bits(key, element_indices(average)) for key, average in pairs]
-        every = [average for averages in self._averages for average in averages]
-        kept = None if skip is None else [average.clone() for average in every]
         for row, (averages, weight) in enumerate(zip(self._averages, weights, strict=True)):
             if guard:
                 for slot, (average, live) in enumerate(zip(averages, self._live, strict=True)):
+                    kept = None if skip is None else [average.clone()]
                     count = lerp_finite_(average, live, weight, bits[slot])
+                    keep_([average], kept, skip)
                     if row == 0:
                         found[slot] = count
-            elif keys is None and 0.0 < weight < 1.0 and _one_dtype(averages):
+            elif keys is None and skip is None and 0.0 < weight < 1.0 and _one_dtype(averages):
                 live_wide = [
                     as_real(widened(x, y)) for x, y in zip(self._live, averages, strict=True)
                 ]
                 torch._foreach_lerp_([as_real(y) for y in averages], live_wide, weight)
             else:
                 for average, live, own in zip(averages, self._live, bits, strict=True):
+                    kept = None if skip is None else [average.clone()]
                     lerp_(average, live, weight, own)
-        keep_(every, kept, skip)
+                    keep_([average], kept, skip)
         return found
 
     @torch.no_grad()

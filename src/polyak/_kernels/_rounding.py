@@ -99,18 +99,14 @@ def _by_share(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """Find both neighbours; take the outer one as often as the value is nearer to it."""
     nearest = values.to(dtype)
     wide = values.to(torch.float64)
-    # Floats of one sign are ordered like the integers of their bits, away from zero. Step back to
-    # the neighbour towards zero where rounding went away from it; the other one is one further.
-    pattern = nearest.view(_BITS[dtype.itemsize])
-    beyond = nearest.to(torch.float64).abs() > wide.abs()
-    inner = (pattern - beyond.to(pattern.dtype)).view(dtype)
-    outer = (pattern - beyond.to(pattern.dtype) + 1).view(dtype)
-    near, far = inner.to(torch.float64), outer.to(torch.float64)
-    # Between zero and the first number of the other sign there is nothing to step over: where the
-    # inner neighbour is zero the sign of the value decides which number is further.
-    far = torch.where(near == 0, far.abs().copysign(wide), far)
-    outer = far.to(dtype)
-    share = (wide - near) / (far - near)  # in [0, 1)
+    # Without the sign, floats are ordered like the integers of their bits. Step back to the
+    # neighbour towards zero where rounding went away from it; the other one is one further.
+    size = nearest.abs() if dtype.itemsize > 1 else nearest.to(torch.float32).abs().to(dtype)
+    pattern = size.view(_BITS[dtype.itemsize])
+    inner = pattern - (size.to(torch.float64) > wide.abs()).to(pattern.dtype)
+    near, far = (p.view(dtype).to(torch.float64) for p in (inner, inner + 1))
+    share = (wide.abs() - near) / (far - near)  # in [0, 1)
     chance = (bits.to(torch.int64) & 0xFFFFFFFF).to(torch.float64) * 2.0**-32
+    rounded = torch.where(chance < share, far, near).copysign(wide).to(dtype)
     exact = (nearest.to(torch.float64) == wide) | ~torch.isfinite(far) | ~torch.isfinite(wide)
-    return torch.where(exact, nearest, torch.where(chance < share, outer, inner))
+    return torch.where(exact, nearest.to(torch.float32), rounded.to(torch.float32)).to(dtype)

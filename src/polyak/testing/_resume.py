@@ -172,9 +172,14 @@ def _digests(outcome: object, path: str = "") -> _Digests:
         items: Iterable[tuple[object, object]] = outcome.items()
     elif isinstance(outcome, list | tuple):
         items = enumerate(outcome)
-    else:
+    elif outcome is None or isinstance(outcome, bool | int | float | complex | str | bytes):
         return {path: repr(outcome)}
-    found: _Digests = {}
+    else:
+        raise ArgumentError(
+            "outcome must be made of tensors, numbers, strings, dicts and lists, got "
+            f"{type(outcome).__name__} at {path!r}. Turn arrays into tensors: torch.as_tensor."
+        )
+    found: _Digests = {path + "/": f"{type(outcome).__name__} of {len(outcome)}"}
     for key, value in items:
         found.update(_digests(value, f"{path}/{key}" if path else str(key)))
     return found
