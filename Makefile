@@ -39,7 +39,7 @@ docs: $(READY) ## The documentation as a site; a warning is an error
 prove: $(READY) ## Long proofs: kills in the middle of saving, thousands of events, precision at every decay
 	$(BIN)/python -m pytest -n 2 -m prove
 
-study-docs: $(READY) ## The committed study results of docs/: about half an hour on 2 cores
+study-docs: $(READY) ## The committed study results of docs/: about a quarter of an hour on 2 cores
 	$(BIN)/polyak study regression --seeds 10 --jobs 2 --out docs/studies/regression --force
 	$(BIN)/polyak study text --seeds 5 --jobs 2 --out docs/studies/text --force
 	$(BIN)/polyak study digits --seeds 5 --jobs 2 --out docs/studies/digits --force

@@ -1,10 +1,12 @@
 """The command line: exit codes, one-line errors, and a study from one command."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from polyak import cli, study
 from polyak.cli import main
 from polyak.study import TASKS, Task, _folder
+from polyak.study._findings import Findings
 
 REGRESSION = TASKS["regression"]()
 
@@ -98,6 +101,67 @@ def test_a_folder_of_somebody_else_is_refused_before_training(
     said = capsys.readouterr().err
     assert "thesis.tex" in said
     assert said.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 and no seed trained, where the folder lies below a file."""
+
+    def trained(*_: object, **__: object) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(study, "run_study", trained)
+    (tmp_path / "file").write_text("")
+    assert main(["study", "--out", str(tmp_path / "file" / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "out must lie where a folder can be made" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_study_that_cannot_be_written_is_kept_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk fills while it trains: one line names the place where the results are now."""
+    monkeypatch.setitem(study.TASKS, "regression", tiny)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    written_whole = _folder.save
+
+    def full(findings: Findings, out: Path, *, force: bool = False) -> Path:
+        if "temporary" not in Path(out).parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written_whole(findings, out, force=force)
+
+    monkeypatch.setattr(_folder, "save", full)
+    words = ["study", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "No space left on device" in said
+    (kept,) = (tmp_path / "temporary").glob("*/out/results.json")
+    assert str(kept.parent) in said
+    assert json.loads(kept.read_text())["seeds"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("words", "control"), [([], None), (["--control"], True), (["--no-control"], False)]
+)
+def test_control_is_the_task_s_choice_unless_it_is_named(
+    words: list[str], control: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--control` is never taken for a default, nor `--short` for a refusal of it."""
+    asked: dict[str, object] = {}
+
+    def trained(task: Task, **settings: object) -> None:
+        asked.update(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run_study", trained)
+    assert main(["study", "digits", "--short", "--out", str(tmp_path / "out"), *words]) == 130
+    assert asked["control"] is control
+    assert asked["short"] is True
 
 
 def test_ctrl_c_ends_with_one_line_and_no_folder(

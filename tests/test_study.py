@@ -40,8 +40,11 @@ from polyak.study import (
 from polyak.study._curves import early_stop, overtakes, spread, spreads
 from polyak.study._findings import Findings, assemble
 from polyak.study._methods import ARTICLE, LIVE, article_ema, check_methods
+from polyak.study._plots import LIGHT, _over_seeds, small_multiples
+from polyak.study._results import measure
 from polyak.study._statistics import detectable, gains, paired
-from polyak.study._train import Curve, Moment, Run, batches
+from polyak.study._train import EVEN, ODD, Curve, Moment, Run, batches
+from polyak.study._verdict import amount, at_least, three
 
 # ---------------------------------------------------------------- a small task, importable
 
@@ -147,13 +150,59 @@ def test_finding_is_where_the_interval_lies(differences: list[float], finding: s
 
 
 def test_gain_is_above_zero_where_it_is_for_the_better() -> None:
-    """A loss 20 % lower is +0.2; an accuracy 0.1 higher is +0.1; a loss of 0 has no percentage."""
-    assert gains([0.5], [0.4], better="lower", compare="relative") == pytest.approx([0.2])
+    """A loss 20 % lower is shown as +0.2, half as much again as +0.5; a loss of 0 has no ratio."""
+    lower, higher = Metric(r2), Metric(r2, better="higher")
+    fallen = gains([0.5], [0.4], better="lower", compare="relative")
+    assert fallen == pytest.approx([math.log(0.5 / 0.4)])
+    assert lower.shown(fallen[0]) == pytest.approx(0.2)
+    risen = gains([2.0], [3.0], better="higher", compare="relative")
+    assert higher.shown(risen[0]) == pytest.approx(0.5)
     assert gains([0.5], [0.6], better="higher", compare="absolute") == pytest.approx([0.1])
-    assert gains([-2.0], [-1.0], better="higher", compare="relative") == pytest.approx([0.5])
-    assert math.isnan(gains([0.0], [1.0], better="lower", compare="relative")[0])
+    for nothing in (0.0, -1.0, math.nan):
+        assert math.isnan(gains([nothing], [1.0], better="lower", compare="relative")[0])
+        assert math.isnan(gains([1.0], [nothing], better="higher", compare="relative")[0])
     with pytest.raises(ArgumentError, match=r"one entry a seed \(2\), got 1"):
         gains([1.0, 2.0], [1.0], better="lower", compare="absolute")
+
+
+@given(st.lists(st.tuples(*[st.floats(1e-3, 1e3)] * 3), min_size=2, max_size=8))
+def test_relative_gains_mirror_and_chain(seeds: list[tuple[float, float, float]]) -> None:
+    """Sides exchanged, the mean changes its sign; from a to b and from b to c make a to c."""
+
+    def mean(old: int, new: int) -> float:
+        columns = [[row[place] for row in seeds] for place in (old, new)]
+        return paired(gains(*columns, better="lower", compare="relative")).mean
+
+    assert mean(0, 1) == pytest.approx(-mean(1, 0), abs=1e-9)
+    assert mean(0, 1) + mean(1, 2) == pytest.approx(mean(0, 2), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("gain", "metric", "text"),
+    [
+        (0.0687, Metric(r2, compare="absolute", unit="nats"), "0.068 nats"),
+        (0.0041999, Metric(r2, compare="absolute", unit="points", scale=100), "0.41 points"),
+        (-math.log(1 - 0.1899), Metric(r2), "18 %"),
+    ],
+)
+def test_a_claimed_lower_bound_is_rounded_down(gain: float, metric: Metric, text: str) -> None:
+    """What is said to be reached "or more in each" seed is reached in each."""
+    assert at_least(gain, metric) == text
+
+
+def test_an_interval_has_one_number_of_decimals_and_zero_no_sign() -> None:
+    """-0.1 to +33 is written -0.1 to +33.0; nothing at all is "0"."""
+    metric = Metric(r2)
+
+    def log(share: float) -> float:
+        return -math.log1p(-share)
+
+    gain = replace(paired([0.1, 0.2]), mean=log(0.17), low=log(-0.001), high=log(0.33))
+    minus = "\N{MINUS SIGN}"
+    assert three(gain, metric) == ("+17.0 %", f"{minus}0.1 %", "+33.0 %")
+    assert amount(0.0, metric) == "0 %"
+    flat = replace(gain, mean=0.0, low=0.0, high=0.0)
+    assert three(flat, metric) == ("0 %", "0 %", "0 %")
 
 
 def test_few_seeds_show_only_large_effects() -> None:
@@ -225,6 +274,15 @@ def test_spread_is_the_one_that_numpy_computes() -> None:
     assert math.isnan(spread([1.0]))
     assert math.isnan(spread([1.0, 2.0], detrend=True))
     assert math.isnan(spread([1.0, math.nan, 2.0]))
+
+
+def test_jumps_know_no_trend() -> None:
+    """White noise on a line: sqrt(mean d^2 / 2) is its standard deviation, by algebra sqrt(1)."""
+    rng = np.random.default_rng(1)
+    noise = rng.standard_normal(30_000)
+    assert spreads([*noise]).jumps == pytest.approx(1.0, rel=0.02)  # error about 1 / sqrt(2 n)
+    assert spreads([0.0, 2.0] * 15).jumps == pytest.approx(math.sqrt(2.0))
+    assert spreads([0.5 * epoch for epoch in range(30)]).jumps == pytest.approx(0.5 / math.sqrt(2))
 
 
 def test_thirds_are_thirds_of_the_run() -> None:
@@ -307,15 +365,12 @@ def made(
         patience=patience,
         methods=lambda steps: (ema(0.9),),
     )
-    whole = small_data()
-    data = Data(train=whole.train, validation=whole.validation)
     kinds: list[tuple[str, Sequence[Sequence[float]], Sequence[Sequence[float]]]] = [
         ("ordinary", live, average),
         ("decayed", rival or live, rival or live),
     ]
     if control is not None:
         kinds.append(("control", *control))
-    outputs = {rule: {"validation": data.validation[1]} for rule in ("stop", "best")}
     runs = [
         Run(
             kind=kind,
@@ -330,12 +385,22 @@ def made(
             },
             bytes=4,
             seconds=0.0,
-            outputs=outputs,
+            outputs={},
         )
         for seed in seeds
         for kind, lives, averages in kinds
     ]
-    return assemble(task, data, (ema(0.9),), seeds, runs, seconds=0.0, jobs=1)
+    return assemble(
+        task,
+        (ema(0.9),),
+        seeds,
+        runs,
+        data={"train": 64, "validation": 16},
+        ensemble={"stop": {"MSE": 1.0}, "best": {"MSE": 1.0}},
+        seconds=0.0,
+        jobs=1,
+        versions={},
+    )
 
 
 def curve(end: float, noise: float, seed: int) -> list[float]:
@@ -350,9 +415,9 @@ def test_verdict_says_yes_when_the_gain_is_real() -> None:
     average = [curve(0.8 + 0.01 * (seed % 3), 0.01, seed) for seed in range(10)]
     verdict = made(live, average).verdict
     assert (verdict.answer, verdict.calmer) == ("yes", "yes")
-    assert "the calmer curve is real (10 of 10 seeds, median 10.0 times" in verdict.headline
-    assert "the gain in MSE at the end is real (mean +19 %" in verdict.headline
-    assert "better in 10 of 10 seeds, by 18 % or more in each" in verdict.headline
+    assert "the calmer curve is real (10 of 10 seeds, median 10 times" in verdict.headline
+    assert "the gain in MSE at the end is real (geometric mean +19 %" in verdict.headline
+    assert "better in 10 of 10 seeds, sign test 0.002, by 18 % or more in each" in verdict.headline
 
 
 def test_verdict_says_no_when_the_average_is_worse() -> None:
@@ -361,7 +426,7 @@ def test_verdict_says_no_when_the_average_is_worse() -> None:
     average = [curve(1.2 + 0.01 * (seed % 3), 1.0, seed) for seed in range(10)]
     verdict = made(live, average).verdict
     assert (verdict.answer, verdict.calmer) == ("no", "no")
-    assert "MSE at the end gets worse (mean \N{MINUS SIGN}21 %" in verdict.headline
+    assert "MSE at the end gets worse (geometric mean \N{MINUS SIGN}21 %" in verdict.headline
     assert "the curve is more restless (0 of 10 seeds" in verdict.headline
 
 
@@ -375,14 +440,17 @@ def test_verdict_says_calmer_but_uncertain() -> None:
     live = [curve(1.0, 0.1, seed) for seed in range(10)]
     average = [curve(1.0 - change, 0.04, seed) for seed, change in enumerate(changes)]
     verdict = made(live, average).verdict
-    interval = stats.ttest_1samp(changes, 0.0).confidence_interval(0.95)
-    low = f"{100 * interval.low:+.1f}".replace("-", "\N{MINUS SIGN}")
-    high = f"{100 * interval.high:+.0f}"
+    logs = np.log1p(-np.asarray(changes))  # of new over old
+    interval = stats.ttest_1samp(logs, 0.0).confidence_interval(0.95)
+    mean, low, high = (
+        f"{-100 * math.expm1(log):+.0f}".replace("-", "\N{MINUS SIGN}")
+        for log in (logs.mean(), interval.high, interval.low)
+    )
     assert (verdict.answer, verdict.calmer) == ("not shown", "yes")
     assert "the calmer curve is real (10 of 10 seeds, median 2.5 times" in verdict.headline
     assert (
-        f"the gain in MSE at the end is uncertain (mean +5.5 %, 95 % interval {low} to {high} %, "
-        "better in 4 of 10 seeds)" in verdict.headline
+        f"the gain in MSE at the end is uncertain (geometric mean {mean} %, 95 % interval {low} to "
+        f"{high} %, better in 4 of 10 seeds, sign test 0.75)" in verdict.headline
     )
     assert verdict.title == "A calmer curve: yes. A better MSE at the end: not shown."
 
@@ -394,7 +462,7 @@ def test_verdict_calls_a_proved_small_change_little() -> None:
     verdict = made(live, average).verdict
     assert (verdict.answer, verdict.calmer) == ("little", "little")
     assert "MSE at the end changes little" in verdict.headline
-    assert "less than 5.0 % either way" in verdict.headline
+    assert "less than 5 % either way" in verdict.headline
     assert made(live, average, small=0.0).verdict.answer == "yes"
 
 
@@ -415,7 +483,12 @@ def test_verdict_counts_seeds_that_diverged() -> None:
     average = [curve(0.8 + 0.01 * seed, 0.01, seed) for seed in range(4)]
     average[2] = [math.nan] * 30
     findings = made(live, average)
-    assert "better in 3 of 3 seeds; 1 more diverged" in findings.verdict.headline
+    assert "better in 3 of 3 seeds, sign test 0.25; 1 more without a figure" in str(
+        findings.verdict
+    )
+    assert "1 of 4 seeds of EMA 0.9 ended without a finite MSE" in str(findings.verdict)
+    swapped = made(average, live).verdict
+    assert "1 of 4 seeds of live ended without a finite MSE" in str(swapped)
     assert json.loads(json.dumps(Study(findings).results, allow_nan=False))["ordinary"]
 
 
@@ -427,7 +500,7 @@ def test_verdict_says_that_the_control_changes_little() -> None:
     lagging = [[1.02 * value + 1e-5 * seed for value in c] for seed, c in enumerate(quiet)]
     said = made(live, average, control=(quiet, lagging)).verdict.sentences[-1]
     assert said.startswith("Control without mini-batch noise (full batch, dropout off): MSE at the")
-    assert "changes little (mean \N{MINUS SIGN}2.0 %" in said
+    assert "changes little (geometric mean \N{MINUS SIGN}2.0 %" in said
     assert "the curve is as restless as before" in said
 
 
@@ -437,8 +510,11 @@ def test_verdict_weighs_the_rival() -> None:
     average = [curve(0.8 + 0.01 * (seed % 2), 0.01, seed) for seed in range(5)]
     rival = [curve(0.5 + 0.01 * (seed % 2), 0.01, seed) for seed in range(5)]
     verdict = str(made(live, average, rival=rival).verdict)
-    assert "with the live weights, the gain in MSE at the end is real (mean +50 %" in verdict
-    assert "Compared with that rival EMA 0.9 is worse" in verdict
+    assert (
+        "against the live weights, the gain in MSE at the end is real (geometric mean +50 %"
+        in verdict
+    )
+    assert "Against that rival EMA 0.9 is worse" in verdict
 
 
 def test_the_live_curve_is_early_stopped_like_the_average() -> None:
@@ -451,7 +527,7 @@ def test_the_live_curve_is_early_stopped_like_the_average() -> None:
     assert outcome.live.values["stop"]["validation"]["MSE"] == [0.5]
     gained = outcome.rows["EMA 0.9"].gains
     assert gained["best"]["MSE"].differences == (0.0,)  # 1.0 at both best epochs
-    assert gained["stop"]["MSE"].differences == (-1.0,)  # twice the live 0.5
+    assert gained["stop"]["MSE"].differences == (-math.log(2.0),)  # twice the live 0.5
 
 
 # ---------------------------------------------------------------- training, against a plain loop
@@ -463,7 +539,7 @@ def plain_loop(seed: int, *, epochs: int) -> list[dict[str, Tensor]]:
     torch.manual_seed(seed)
     model = small_model()
     optimizer = sgd(model.parameters())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1_000_003 + seed)
     seen = []
     for _ in range(epochs):
         for rows in torch.randperm(64, generator=generator).split(BATCH):
@@ -651,11 +727,15 @@ def _check_results(text: str, study: Study) -> None:
     assert found["verdict"]["answer"] == study.verdict.answer
     assert found["versions"]["torch"] == torch.__version__
     live = found["runs"][0]["curves"][LIVE]["validation"]["MSE"]
-    assert live == study.findings.runs[0].curves[LIVE].validation["MSE"]
+    curve = study.findings.runs[0].curves[LIVE].validation["MSE"]
+    assert live == pytest.approx(curve, rel=1e-5)  # six digits are kept
     gained = found["ordinary"]["methods"]["EMA 0.9"]["gains"]["stop"]["MSE"]
     test = [run.curves for run in study.findings.runs if run.kind == "ordinary"]
-    changes = [1 - c["EMA 0.9"].test["MSE"][-1] / c[LIVE].test["MSE"][-1] for c in test]
-    assert gained["differences"] == pytest.approx(changes)
+    ratios = [c[LIVE].test["MSE"][-1] / c["EMA 0.9"].test["MSE"][-1] for c in test]
+    assert gained["differences"] == pytest.approx([math.log(ratio) for ratio in ratios], abs=1e-5)
+    assert gained["shown"][0] == pytest.approx(1 - math.prod(ratios) ** (-1 / 2), rel=1e-4)
+    arithmetic = sum(1 - 1 / ratio for ratio in ratios) / 2
+    assert gained["arithmetic_mean"] == pytest.approx(arithmetic, rel=1e-4)
 
 
 def test_a_study_leaves_the_caller_s_random_state_and_threads_alone() -> None:
@@ -871,3 +951,161 @@ def test_every_task_runs(name: str) -> None:
         math.isfinite(row.values["stop"]["validation"][task.judge][0])
         for row in found.findings.outcome.rows.values()
     )
+
+
+# ---------------------------------------------------------------- the results kept in docs/studies
+
+STUDIES = Path(__file__).parents[1] / "docs" / "studies"
+
+
+def test_picked_on_one_half_and_judged_on_the_other() -> None:
+    """Even rows pick the second epoch and odd rows the third: the mean of what the others say."""
+    live = Curve(1, {"MSE": [3.0, 2.0, 2.0]}, {}, {EVEN: [3.0, 1.0, 2.0], ODD: [3.0, 5.0, 2.0]})
+    average = Curve(1, {"MSE": [3.0, 2.0, 1.0]}, {}, {EVEN: [3.0, 2.0, 1.0], ODD: [4.0, 3.0, 1.0]})
+    outcome = measure(
+        replace(SMALL, metrics={"MSE": Metric(nn.functional.mse_loss)}),
+        [run_with({LIVE: live, "EMA 0.9": average}, stop=3)],
+        (ema(0.9),),
+        kind="ordinary",
+        ensemble={},
+    )
+    assert outcome.live.crossed == [(5.0 + 2.0) / 2]  # odd at epoch 2, even at epoch 3
+    assert outcome.rows["EMA 0.9"].crossed == [1.0]
+    assert outcome.rows["EMA 0.9"].crossed_gain.differences == pytest.approx((math.log(3.5),))
+
+
+def run_with(curves: dict[str, Curve], *, stop: int, seed: int = 0) -> Run:
+    return Run(
+        kind="ordinary",
+        seed=seed,
+        steps_per_epoch=STEPS,
+        stop=stop,
+        train_loss=[1.0] * stop,
+        rates=[0.1] * stop,
+        curves=curves,
+        bytes=4,
+        seconds=0.0,
+        outputs={},
+    )
+
+
+def test_the_halves_are_the_halves_of_the_validation_rows() -> None:
+    """Recorded where there is no test part: two halves of one size whose mean is the whole."""
+    whole = small_data()
+
+    def data() -> Data:
+        return Data(train=whole.train, validation=whole.validation)
+
+    task = replace(SMALL, data=data, epochs=2, control=False)
+    curve = _run_of(run_study(task, seeds=1), "ordinary", 0).curves[LIVE]
+    means = [(e + o) / 2 for e, o in zip(curve.halves[EVEN], curve.halves[ODD], strict=True)]
+    assert means == pytest.approx(curve.validation["MSE"], rel=1e-5)
+    assert curve.halves[EVEN] != curve.halves[ODD]
+
+
+def test_the_mean_of_the_tail_has_no_best_epoch(small_study: Study) -> None:
+    """Its first value is one capture, the live weights: its best epoch would be luck of theirs."""
+    early = run_study(replace(SMALL, epochs=30, patience=3, control=False), seeds=1)
+    for study in (small_study, early):
+        row = study.findings.outcome.rows["SWA from 75 %"]
+        assert set(row.best) == {None}
+        assert row.gains["best"]["MSE"].seeds == 0
+        assert row.gains["stop"]["MSE"].seeds == len(study.findings.seeds)
+
+
+def test_a_control_that_stays_random_is_refused() -> None:
+    """Dropout modules are turned off; noise of any other kind is refused, not called none."""
+    assert run_study(replace(SMALL, model=odd_dropouts, epochs=1), seeds=1).findings.control
+    with pytest.raises(ArgumentError, match="not random in training"):
+        run_study(replace(SMALL, model=noisy_model, epochs=1), seeds=1)
+
+
+class Noise(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + 0.1 * torch.randn_like(inputs) if self.training else inputs
+
+
+def noisy_model() -> nn.Module:
+    return nn.Sequential(small_model(), Noise())
+
+
+def odd_dropouts() -> nn.Module:
+    return nn.Sequential(nn.FeatureAlphaDropout(0.3), small_model())
+
+
+def test_no_average_below_the_live_curve_leaves_its_panel(small_study: Study) -> None:
+    """Every panel shows where its curve ends, unless that is far above the live one."""
+    for findings in (small_study.findings, made([[4.0] * 30] * 3, [[0.2] * 30] * 3)):
+        figure = small_multiples(findings, LIGHT)
+        for axis in (axis for axis in figure.axes if axis.lines):
+            live, own = (np.asarray(line.get_ydata(), dtype=np.float64) for line in axis.lines)
+            low, high = axis.get_ylim()
+            assert low < own[-1]
+            assert own[-1] < high or own[-1] > live[-1]
+
+
+def test_curves_that_stop_at_different_epochs_meet_at_shares_of_their_runs() -> None:
+    """Two falling lines of 20 and of 40 epochs are one line over the share of the run."""
+    runs = [
+        run_with({LIVE: Curve(1, {"MSE": [1.0 - e / n for e in range(1, n + 1)]})}, stop=n, seed=n)
+        for n in (20, 40)
+    ]
+    times, seeds = _over_seeds(runs, LIVE, "MSE")
+    assert (times[0], times[-1]) == (pytest.approx(5.0, abs=0.5), 100.0)
+    assert np.allclose(seeds, 1.0 - times / 100.0, atol=1e-12)
+
+
+def test_a_study_read_back_is_the_study(tmp_path: Path, small_study: Study) -> None:
+    """Verdict and tables are the same words; a task of one's own must be given, and be the one."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_folder, "pictures", lambda study: {})
+        patched.setattr(_folder, "page", lambda *_, **__: "<!doctype html>")
+        out = small_study.save(tmp_path / "out", command="polyak study small")
+        again = Study.load(out, task=SMALL)
+        assert again.verdict == small_study.verdict
+        assert again.tables == small_study.tables
+        assert again.findings.command == "polyak study small"
+        again.save(out, force=True)
+        before = json.loads((out / "results.json").read_text())
+        assert before["runs"] == Study.load(out, task=SMALL).results["runs"]
+    with pytest.raises(ArgumentError, match="task must be given"):
+        Study.load(out)
+    with pytest.raises(ArgumentError, match="task must be the one that was studied"):
+        Study.load(out, task=replace(SMALL, batch=8))
+    with pytest.raises(ArgumentError, match=r"got a study that holds \['EMA 0.9', "):
+        Study.load(out, task=replace(SMALL, methods=lambda steps: (ema(0.8),)))
+    with pytest.raises(ArgumentError, match=r"folder must hold the results\.json of a study"):
+        Study.load(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:
+    """Below a file, and where the system makes no folders, asked of the system itself."""
+    (tmp_path / "file").write_text("")
+    for impossible in (tmp_path / "file" / "out", Path("/proc/nope/out")):
+        with pytest.raises(ArgumentError, match="out must lie where a folder can be made"):
+            check_folder(impossible)
+    assert check_folder(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]  # nothing is left of the question
+
+
+def test_the_longest_length_tried_is_said_to_be(small_study: Study) -> None:
+    """A pick at an end of its family is no proof that the length was tuned."""
+    longest = "is the longest that was tried: a longer one may be better."
+    shortest = "is the shortest that was tried: a shorter one may be better."
+    said = str(small_study.verdict)
+    headline = small_study.findings.outcome.headline
+    assert headline in ("EMA 0.8", "EMA 0.9")
+    assert (longest if headline == "EMA 0.9" else shortest) in said
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_docs_quote_the_kept_results(name: str) -> None:
+    """docs/study.md, the README and the verdict that code draws from the kept figures agree."""
+    kept = Study.load(STUDIES / name)
+    found = json.loads((STUDIES / name / "results.json").read_text())
+    assert found["verdict"]["headline"] == kept.verdict.headline
+    root = Path(__file__).parents[1]
+    page = " ".join((root / "docs" / "study.md").read_text().replace("\n>", "\n").split())
+    assert kept.verdict.headline in page
+    assert f"`{found['command']}`" in page
+    assert kept.verdict.title in " ".join((root / "README.md").read_text().split())

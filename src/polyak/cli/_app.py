@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import shlex
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +13,13 @@ from polyak._errors import AveragingError
 from ._display import display, show_study
 
 if TYPE_CHECKING:
-    from polyak.study import Task
+    from polyak.study import Study, Task
 
 app = typer.Typer(
     name="polyak",
     help="Averages of the weights of neural networks.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # else a line of a docstring breaks where the source does
     pretty_exceptions_enable=False,  # a bug shows Python's own traceback
 )
 
@@ -72,8 +74,14 @@ def study(
     ] = None,
     short: Annotated[bool, typer.Option("--short", help="Few epochs and no control.")] = False,
     control: Annotated[
-        bool, typer.Option(help="Repeat the runs without mini-batch noise, where a task has that.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--control/--no-control",
+            help="Repeat the runs without mini-batch noise: all rows in each step, so that it is "
+            "slow where there are many.",
+            show_default="as the task does; not with --short",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier study.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict only.")] = False,
 ) -> None:
@@ -85,8 +93,18 @@ def study(
     Example: polyak study regression --seeds 10 --out study-regression
     """
     try:
-        command = shlex.join(["polyak", *context.obj])
-        _study(task, seeds, jobs, out, epochs, short, control, force, quiet, command)
+        _study(
+            task,
+            seeds=seeds,
+            jobs=jobs,
+            out=out,
+            epochs=epochs,
+            short=short,
+            control=control,
+            force=force,
+            quiet=quiet,
+            command=shlex.join(["polyak", *context.obj]),
+        )
     except AveragingError as error:
         typer.echo(f"polyak: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
@@ -97,12 +115,13 @@ def study(
 
 def _study(
     name: str,
+    *,
     seeds: int,
     jobs: int | None,
     out: Path | None,
     epochs: int | None,
     short: bool,
-    control: bool,
+    control: bool | None,
     force: bool,
     quiet: bool,
     command: str,
@@ -122,11 +141,28 @@ def _study(
             jobs=jobs or processors(),
             epochs=epochs,
             short=short,
-            control=None if control else False,
+            control=control,
             tell=tell,
         )
-    written = found.save(folder, force=force, command=command)
+    try:
+        written = found.save(folder, force=force, command=command)
+    except OSError as error:  # the disk is full, or the folder went away meanwhile
+        written = _rescue(found, folder, error, command=command)
+        show_study(found, written, quiet=quiet)
+        raise typer.Exit(1) from None
     show_study(found, written, quiet=quiet)
+
+
+def _rescue(found: "Study", folder: Path, error: OSError, *, command: str) -> Path:
+    """Keep what training cost minutes for where temporary files go; say so in one line."""
+    held = Path(tempfile.mkdtemp(prefix="polyak-"))
+    written = found.save(held / folder.name, command=command)
+    typer.echo(
+        f"polyak: out must be a folder that can be written, got {str(folder)!r} with: "
+        f"{error.strerror or error}. The study is kept in {str(written)!r}: move it.",
+        err=True,
+    )
+    return written
 
 
 def _unknown_task(name: str, known: dict[str, str]) -> None:

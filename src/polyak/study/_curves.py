@@ -33,7 +33,7 @@ def early_stop(curve: Sequence[float], *, patience: int | None) -> Stopped:
 
     A value that is not finite is never better. Without patience the whole curve counts.
 
-    Example:
+    Examples:
         >>> early_stop([3.0, 1.0, 2.0, 2.0, 0.5], patience=2)
         Stopped(best=2, stop=4, ran_out=False)
     """
@@ -63,7 +63,7 @@ def overtakes(
     Returns:
         The first such epoch, or None when it never does.
 
-    Example:
+    Examples:
         >>> overtakes([5, 1, 5, 1, 1], [2, 2, 2, 2, 2], hold=2)
         4
     """
@@ -86,7 +86,7 @@ def spread(curve: Sequence[float], *, detrend: bool = False) -> float:
     Returns:
         The spread; NaN where there are too few finite values (2, or 3 with `detrend`).
 
-    Example:
+    Examples:
         >>> spread([1.0, 2.0, 3.0], detrend=True) < 1e-12
         True
     """
@@ -111,6 +111,9 @@ class Spreads:
         early: first third, a straight line taken out.
         middle: second third, a straight line taken out.
         late: last third, a straight line taken out.
+        jumps: sqrt(mean d^2 / 2), d the change from one evaluation to the next, after the first
+            third: for noise that is new each time the standard deviation, whatever the trend; for
+            an average, whose noise is slow, much less.
     """
 
     whole: float
@@ -118,6 +121,7 @@ class Spreads:
     early: float
     middle: float
     late: float
+    jumps: float
 
     @property
     def noise(self) -> float:
@@ -145,4 +149,12 @@ def spreads(curve: Sequence[float], *, first: int = 1) -> Spreads:
         early=spread(piece(cuts[0], cuts[1]), detrend=True),
         middle=spread(piece(cuts[1], cuts[2]), detrend=True),
         late=spread(piece(cuts[2], end), detrend=True),
+        jumps=_jumps(piece(cuts[1], end)),
     )
+
+
+def _jumps(curve: Sequence[float]) -> float:
+    values = np.asarray(curve, dtype=np.float64)
+    if len(values) < 2 or not np.isfinite(values).all():
+        return float("nan")
+    return float(np.sqrt((np.diff(values) ** 2).mean() / 2.0))

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from ._methods import Method
-from ._results import Memory, Outcome, measure, memories
-from ._task import Data, Task
+from ._methods import Method, Tail
+from ._results import Memory, Outcome, Rule, measure, memories
+from ._task import Task
 from ._train import Run
 from ._verdict import Verdict, verdict
 
@@ -26,6 +27,8 @@ class Findings:
         verdict: the answer, in sentences.
         seconds: wall-clock time.
         jobs: processes used.
+        versions: what ran: Python, the machine, the libraries that decide the figures.
+        command: the command line, where there was one.
     """
 
     task: Task
@@ -39,35 +42,57 @@ class Findings:
     verdict: Verdict
     seconds: float
     jobs: int
+    versions: dict[str, str]
+    command: str | None = None
 
 
 def assemble(
     task: Task,
-    data: Data,
     methods: tuple[Method, ...],
     seeds: tuple[int, ...],
     runs: Sequence[Run],
     *,
+    data: dict[str, int],
+    ensemble: dict[Rule, dict[str, float]],
     seconds: float,
     jobs: int,
+    versions: dict[str, str],
+    command: str | None = None,
 ) -> Findings:
     """Measure the runs and write the verdict."""
-    outcome = measure(task, data, runs, methods, kind="ordinary")
+    outcome = measure(task, runs, methods, kind="ordinary", ensemble=ensemble)
     controlled = any(run.kind == "control" for run in runs)
-    control = measure(task, data, runs, methods, kind="control") if controlled else None
+    control = measure(task, runs, methods, kind="control", ensemble={}) if controlled else None
     if control is not None:  # the average that the verdict speaks of, not a new pick
         control = replace(control, headline=outcome.headline)
-    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    order = list(outcome.rows)
+    kept = [m for m in memories(methods, runs[0]) if m.name in order]
+    kept.sort(key=lambda memory: order.index(memory.name))
     return Findings(
         task=task,
         seeds=seeds,
-        data={name: len(pair[0]) for name, pair in parts.items() if pair is not None},
+        data=data,
         methods=methods,
         runs=tuple(runs),
         outcome=outcome,
         control=control,
-        memories=tuple(memories(methods, runs[0])),
-        verdict=verdict(task, outcome, control),
+        memories=tuple(kept),
+        verdict=verdict(task, outcome, control, edge=_edge(task, methods, outcome, kept)),
         seconds=seconds,
         jobs=jobs,
+        versions=versions,
+        command=command,
     )
+
+
+def _edge(
+    task: Task, methods: Sequence[Method], outcome: Outcome, kept: Sequence[Memory]
+) -> Literal["shortest", "longest", ""]:
+    """Whether the picked length lies at an end of the lengths that were tried."""
+    family = {m.name for m in methods if not isinstance(m, Tail) and m.family == task.headline}
+    ages = {memory.name: memory.mean_age for memory in kept if memory.name in family}
+    if len(ages) < 2 or outcome.headline not in ages:
+        return ""
+    if outcome.headline == max(ages, key=ages.__getitem__):
+        return "longest"
+    return "shortest" if outcome.headline == min(ages, key=ages.__getitem__) else ""

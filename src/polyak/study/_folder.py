@@ -10,12 +10,14 @@ from polyak._errors import ArgumentError
 
 from ._findings import Findings
 from ._json import FORMAT, document, text
+from ._load import loaded
 from ._plots import LIGHT, pictures, png
 from ._report import page
+from ._task import Task
 
 RESULTS, REPORT = "results.json", "report.html"
-_NAMES = {RESULTS, REPORT, "loss.png", "metric.png", "methods.png", "weights.png"}
-_NAMES |= {"differences.png"}
+_PICTURES = ("loss", "metric", "methods", "weights", "differences")
+_NAMES = {RESULTS, REPORT, *(f"{name}.png" for name in _PICTURES)}
 
 
 def check_folder(out: str | Path, *, force: bool = False) -> Path:
@@ -26,6 +28,7 @@ def check_folder(out: str | Path, *, force: bool = False) -> Path:
     """
     path = Path(out)
     if not path.exists():
+        _check_parent(path)
         return path
     if not path.is_dir():
         raise ArgumentError(f"out must be a folder, got the file {str(path)!r}. Name another.")
@@ -41,12 +44,37 @@ def check_folder(out: str | Path, *, force: bool = False) -> Path:
             f"out must be new or empty, got {str(path)!r}, which holds an earlier study. "
             "Name another folder, or pass --force (force=True) to replace it."
         )
+    _check_parent(path)
     return path
 
 
-def save(
-    study: Findings, out: str | Path, *, force: bool = False, command: str | None = None
-) -> Path:
+def _check_parent(path: Path) -> None:
+    """Raise `ArgumentError` unless a folder can be made beside `path`, by making one.
+
+    Asked before training: a refusal after it would cost the whole run. Permission bits do not
+    know of read-only disks, quotas and root, so that the question is put to the system itself.
+    """
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=parent)).rmdir()
+    except OSError as error:
+        raise ArgumentError(
+            f"out must lie where a folder can be made, got {str(path)!r}, and {str(parent)!r} "
+            f"refuses: {error.strerror}. Name another folder."
+        ) from error
+
+
+def load(folder: str | Path, *, task: Task | None = None) -> Findings:
+    """Rebuild a study from the `results.json` of its folder; nothing is trained."""
+    path = Path(folder) / RESULTS
+    if not _is_study(path):
+        raise ArgumentError(f"folder must hold the {RESULTS} of a study, got {str(folder)!r}.")
+    return loaded(json.loads(path.read_text(encoding="utf-8")), task=task)
+
+
+def save(study: Findings, out: str | Path, *, force: bool = False) -> Path:
     """Write report, results and pictures to a temporary sibling, then rename it to `out`."""
     path = check_folder(out, force=force).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +83,9 @@ def save(
         light = {name: png(picture, study, LIGHT) for name, (picture, _) in pictures(study).items()}
         for name, image in light.items():
             (fresh / f"{name}.png").write_bytes(image)
-        html = page(study, light=light, command=command)
+        html = page(study, light=light)
         (fresh / REPORT).write_text(html, encoding="utf-8")
-        results = text(document(study, command=command))
+        results = text(document(study))
         (fresh / RESULTS).write_text(results, encoding="utf-8")
         fresh.chmod(0o777 & ~_umask())  # a temporary folder is for its owner alone
         _replace(path, fresh)

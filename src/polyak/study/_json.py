@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -13,20 +11,26 @@ import numpy as np
 from ._findings import Findings
 from ._results import Outcome
 from ._statistics import LEVEL
+from ._task import Task
 
 FORMAT = "polyak study"
-FORMAT_NUMBER = 1
+FORMAT_NUMBER = 2
+DIGITS = 8  # kept of every figure: fewer would show in the spread of a calm curve
 
 
-def document(study: Findings, *, command: str | None = None) -> dict[str, Any]:
-    """Everything measured as plain dicts, lists, strings and finite numbers; None for "none"."""
+def document(study: Findings) -> dict[str, Any]:
+    """Everything measured as plain dicts, lists, strings and finite numbers; None for "none".
+
+    Relative gains are logarithms of ratios; "shown" are mean and interval as shares, and
+    "arithmetic_mean" is the mean of the seeds' shares, which articles usually give.
+    """
     task = study.task
     found: dict[str, Any] = _plain(
         {
             "format": FORMAT,
             "format_number": FORMAT_NUMBER,
-            "versions": versions(),
-            "command": command,
+            "versions": study.versions,
+            "command": study.command,
             "task": {
                 "name": task.name,
                 "title": task.title,
@@ -70,11 +74,12 @@ def document(study: Findings, *, command: str | None = None) -> dict[str, Any]:
                     "initial_weight": memory.initial,
                     "copies": memory.copies,
                     "bytes": memory.bytes,
+                    "replayed": memory.replayed,
                 }
                 for memory in study.memories
             ],
-            "ordinary": _outcome(study.outcome),
-            "control": None if study.control is None else _outcome(study.control),
+            "ordinary": _outcome(study.outcome, task),
+            "control": None if study.control is None else _outcome(study.control, task),
             "runs": [
                 {
                     "kind": run.kind,
@@ -82,6 +87,7 @@ def document(study: Findings, *, command: str | None = None) -> dict[str, Any]:
                     "steps_per_epoch": run.steps_per_epoch,
                     "stop": run.stop,
                     "seconds": round(run.seconds, 2),
+                    "bytes": run.bytes,
                     "train_loss": run.train_loss,
                     "learning_rate": run.rates,
                     "curves": {name: dataclasses.asdict(c) for name, c in run.curves.items()},
@@ -95,21 +101,35 @@ def document(study: Findings, *, command: str | None = None) -> dict[str, Any]:
 
 def text(found: Mapping[str, Any]) -> str:
     """The document as JSON; a NaN that slipped through is an error, not an invalid file."""
-    return json.dumps(found, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return _written(found, 0) + "\n"
 
 
-def versions() -> dict[str, str]:
-    """What ran: Python, the machine, and the libraries that decide the figures."""
-    found = {"python": platform.python_version(), "machine": platform.platform()}
-    for name in ("polyak", "torch", "numpy", "scipy", "scikit-learn"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
+def _written(value: Any, depth: int) -> str:
+    """Indented, but a list of numbers or of strings on one line: half the size."""
+    if isinstance(value, dict) and value:
+        marks, items = (
+            "{}",
+            [f"{json.dumps(k)}: {_written(v, depth + 1)}" for k, v in value.items()],
+        )
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        marks, items = "[]", [_written(item, depth + 1) for item in value]
+    else:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    inner = ",\n".join(" " * (depth + 1) + item for item in items)
+    return f"{marks[0]}\n{inner}\n{' ' * depth}{marks[1]}"
 
 
-def _outcome(outcome: Outcome) -> dict[str, Any]:
+def _outcome(outcome: Outcome, task: Task) -> dict[str, Any]:
+    methods = {name: dataclasses.asdict(row) for name, row in outcome.rows.items()}
+    for name, row in outcome.rows.items():
+        for rule, gained in row.gains.items():
+            for title, gain in gained.items():
+                metric = task.metrics[title]
+                held = methods[name]["gains"][rule][title]
+                held["shown"] = [metric.shown(x) for x in (gain.mean, gain.low, gain.high)]
+                if metric.compare == "relative":
+                    shares = [metric.shown(x) for x in gain.differences]
+                    held["arithmetic_mean"] = sum(shares) / len(shares) if shares else None
     return {
         "judge": outcome.judge,
         "part": outcome.part,
@@ -117,7 +137,7 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
         "headline": outcome.headline,
         "favourite": outcome.favourite,
         "ensemble": outcome.ensemble,
-        "methods": {name: dataclasses.asdict(row) for name, row in outcome.rows.items()},
+        "methods": methods,
     }
 
 
@@ -129,6 +149,6 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         return _plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value

@@ -1,5 +1,6 @@
 """What is a good output? Figures of merit, and how the outputs of several models are joined."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +15,11 @@ class Metric:
     Args:
         measure: (outputs, targets) -> number.
         better: which direction is better.
-        compare: how two values are compared: "relative" (20 % lower) or "absolute" (0.04 less).
-        small: the smallest change worth having, in the units of `compare`; differences proved
-            to lie inside plus or minus this are called little. 0 makes no such claim.
+        compare: how two values are compared: "relative" (20 % lower; for values above 0) or
+            "absolute" (0.04 less).
+        small: the smallest change worth having, as a share or in the metric's own units;
+            differences proved to lie inside plus or minus this are called little. 0 makes no such
+            claim.
         unit: what an absolute difference is counted in, such as "nats".
         scale: what an absolute difference is multiplied by for show: 100 for points of accuracy.
     """
@@ -28,10 +31,36 @@ class Metric:
     unit: str = ""
     scale: float = 1.0
 
+    def shown(self, gain: float) -> float:
+        """A gain as people read it: a relative one, kept as a log ratio, as a share.
+
+        1 - exp(-gain) where lower is better, exp(gain) - 1 where higher is.
+
+        Examples:
+            >>> Metric(lambda a, b: a).shown(math.log(2.0))  # half the loss: 50 % better
+            0.5
+        """
+        if self.compare == "absolute":
+            return gain
+        try:
+            return -math.expm1(-gain) if self.better == "lower" else math.expm1(gain)
+        except OverflowError:  # a run that diverged without becoming infinite
+            return -math.inf if self.better == "lower" else math.inf
+
 
 def r2(outputs: Tensor, targets: Tensor) -> Tensor:
     """Share of the variance explained: 1 - sum (y - f)^2 / sum (y - mean y)^2."""
     return 1.0 - ((targets - outputs) ** 2).sum() / ((targets - targets.mean()) ** 2).sum()
+
+
+def refitted(outputs: Tensor, targets: Tensor) -> Tensor:
+    """MSE once a straight line from the outputs to the targets is taken out.
+
+    mean (y - a - b f)^2 with the least-squares a and b: what no rescaling of the outputs cures.
+    """
+    f, y = (values.double() - values.double().mean() for values in (outputs, targets))
+    slope = (f * y).sum() / (f * f).sum()
+    return ((y - slope * f) ** 2).mean()
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:

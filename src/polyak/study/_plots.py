@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -15,9 +15,9 @@ from matplotlib.ticker import (
     LogLocator,
     MaxNLocator,
     NullLocator,
-    PercentFormatter,
 )
 from numpy.typing import NDArray
+from PIL import Image  # comes with matplotlib
 
 from ._findings import Findings
 from ._methods import DECAYED, LIVE
@@ -42,9 +42,12 @@ class Theme:
 LIGHT = Theme("#ffffff", "#1d2530", "#d9dee5", "#6b7684", "#0072b2", "#d55e00")
 DARK = Theme("#14181d", "#e6e9ed", "#343b45", "#98a2af", "#56b4e9", "#f0904a")
 
-_DPI = 160
+_DPI = 128
+_COLOURS = 48
 _SIZE = 10.0
 _FAR = 3.0  # times the differences of most seeds: what lies beyond leaves the forest plot
+_FITS = 15.0  # times the validation loss: up to here the training loss shares its panel
+_SHARES = 200  # points of a curve over shares of a run
 _FEW_UPDATES = 40  # up to here a profile is drawn update by update
 
 Picture = Callable[[Findings, Theme], Figure]
@@ -52,22 +55,29 @@ Picture = Callable[[Findings, Theme], Figure]
 
 def png(picture: Picture, study: Findings, theme: Theme) -> bytes:
     """A picture as the bytes of a PNG file, the same bytes for the same study."""
-    buffer = io.BytesIO()
+    raw, small = io.BytesIO(), io.BytesIO()
     with mpl.rc_context(_style(theme)):
-        picture(study, theme).savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        picture(study, theme).savefig(raw, format="png", metadata={"Software": None})
+    with Image.open(raw) as image:  # few colours: a third of the size, and nobody sees it
+        image.convert("RGB").quantize(_COLOURS, method=Image.Quantize.MAXCOVERAGE).save(
+            small, format="png", optimize=True
+        )
+    return small.getvalue()
 
 
 def pictures(study: Findings) -> dict[str, tuple[Picture, str]]:
     """Name of each picture of this study, how it is drawn, and what it shows."""
     judge, last = study.task.judge, list(study.task.metrics)[-1]
     name = study.outcome.headline
-    says = f"of the live weights and of {name}, up to the stop."
+    best = ", a dot at the best epoch of each" if study.task.patience is not None else ""
+    says = f"of the live weights and of {name}, up to the stop{best}"
+    _, note = _train_shown(study)
     found: dict[str, tuple[Picture, str]] = {
-        "loss": (judged_curves, f"Validation {judge} {says}"),
+        "loss": (judged_curves, f"Validation {judge} {says}; {_overtaken(study)}{note}."),
         "methods": (
             small_multiples,
-            "Each method against the live curve (grey); a curve far above leaves its panel.",
+            "Each method (blue, the rival orange) against the live curve (grey): medians over the "
+            "seeds. A curve far above the live one leaves its panel.",
         ),
         "weights": (
             weight_profiles,
@@ -75,13 +85,33 @@ def pictures(study: Findings) -> dict[str, tuple[Picture, str]]:
         ),
         "differences": (
             forest,
-            f"Change of {judge} against the live weights of the same seed, above 0 for the "
-            "better. What lies far beyond most of the seeds leaves the picture.",
+            f"Change of {judge} against the live weights of the same seed, to the right for the "
+            "better. A triangle at the edge stands for what lies beyond it.",
         ),
     }
     if last != judge:
-        found["metric"] = (last_curves, f"Validation {last} {says}")
+        found["metric"] = (last_curves, f"Validation {last} {says}.")
     return found
+
+
+def _train_shown(study: Findings) -> tuple[list[float], str]:
+    """The first seed's training loss where it fits beside its validation curve, and a remark."""
+    run = _ordinary(study)[0]
+    losses = run.train_loss[: run.stop]
+    end = float(np.mean(losses[-(-len(losses) // 5) * -1 :]))
+    held = run.curves[LIVE].validation[study.task.judge][: run.stop]
+    level = float(np.median(held[len(held) // 2 :]))
+    lower = study.task.metrics[study.task.judge].better == "lower"
+    if lower and level > 0.0 and level / _FITS <= end <= level * _FITS:
+        return losses, "; dashed, the training loss as trained (dropout included)"
+    return [], f"; the training loss, {end:.2g} at the end, would lie far outside"
+
+
+def _overtaken(study: Findings) -> str:
+    epoch = study.outcome.rows[study.outcome.headline].overtakes[0]
+    if epoch is None:
+        return "the average does not overtake in this seed"
+    return f"a dotted line where the average overtakes ({study.task.unit_name} {epoch})"
 
 
 def _style(theme: Theme) -> dict[Any, Any]:
@@ -107,12 +137,17 @@ def _style(theme: Theme) -> dict[Any, Any]:
 
 
 def _panels(
-    count: int, *, columns: int, width: float, height: float, share: bool = True
+    count: int,
+    *,
+    columns: int,
+    width: float,
+    height: float,
+    share: Literal["both", "y"] = "both",
 ) -> tuple[Figure, list[Axes]]:
-    """A grid of `count` panels; with `share` they have one scale, labelled at the edges."""
+    """A grid of `count` panels; one scale, labelled at the edges."""
     rows = -(-count // columns)
     figure = Figure(figsize=(width, height * rows), dpi=_DPI, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=True)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=share == "both", sharey=True)
     axes: list[Axes] = list(grid.flat)
     for spare in axes[count:]:
         spare.set_axis_off()
@@ -143,10 +178,23 @@ def _range(studied: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _scale(axis: Axes, curves: Sequence[NDArray[np.float64]]) -> None:
-    """Limits that show where the curves end; logarithmic where that spans more than four times."""
+def _scale(
+    axis: Axes,
+    curves: Sequence[NDArray[np.float64]],
+    *,
+    inside: Sequence[NDArray[np.float64]] = (),
+) -> None:
+    """Limits that show where the curves end; logarithmic where that spans more than four times.
+
+    Args:
+        axis: what is scaled.
+        curves: these decide the upper limit, and the lower one together with
+        inside: curves of which nothing lower may be cut off.
+    """
     low, high = _range(curves)
-    finite = [curve[np.isfinite(curve)] for curve in curves]
+    lows = [float(np.nanmin(curve)) for curve in inside if np.isfinite(curve).any()]
+    low = min([low, *(value - 0.08 * (high - low) for value in lows)])
+    finite = [curve[np.isfinite(curve)] for curve in (*curves, *inside)]
     floor = min((float(curve.min()) for curve in finite if len(curve)), default=0.0)
     if floor > 0.0 and high / floor > 4.0:
         axis.set_yscale("log")
@@ -163,32 +211,32 @@ def _curves(study: Findings, metric: str, theme: Theme) -> Figure:
     name = study.outcome.headline
     shown = ((LIVE, theme.live), (name, theme.average))
     runs = _ordinary(study)
-    figure, axes = _panels(2 if len(runs) > 1 else 1, columns=2, width=9.6, height=4.0)
+    figure, axes = _panels(2 if len(runs) > 1 else 1, columns=2, width=9.6, height=4.0, share="y")
+    spec = study.task.metrics[metric]
+    factor = spec.scale if spec.compare == "absolute" else 1.0
     everything: list[NDArray[np.float64]] = []
     for method, colour in shown:
         epochs, values = _epochs(runs[0], method, metric)
-        everything.append(values)
-        axes[0].plot(epochs, values, color=colour, linewidth=1.6, label=method)
+        everything.append(factor * values)
+        axes[0].plot(epochs, factor * values, color=colour, linewidth=1.6, label=method)
+        best = study.outcome.rows[method].best[0]
+        if study.task.patience is not None and best is not None and best <= runs[0].stop:
+            place = best - runs[0].curves[method].first
+            axes[0].plot([best], [factor * values[place]], "o", color=colour, markersize=6)
         for axis in axes[1:]:
-            epochs, seeds = _over_seeds(runs, method, metric)
-            everything += [np.nanmin(seeds, axis=0), np.nanmax(seeds, axis=0)]
-            axis.fill_between(
-                epochs,
-                np.nanmin(seeds, axis=0),
-                np.nanmax(seeds, axis=0),
-                color=colour,
-                alpha=0.3,
-                linewidth=0,
-            )
-            axis.plot(epochs, np.nanmedian(seeds, axis=0), color=colour, linewidth=1.6)
+            everything += _band(axis, runs, method, metric, colour=colour, factor=factor)
+    if metric == study.task.judge:
+        everything += _train_and_overtaking(axes[0], study, theme)
     for axis in axes:
         axis.grid(axis="y")
-        axis.set_xlabel(study.task.unit)
+    axes[0].set_xlabel(study.task.unit)
     axes[0].set_title(f"Seed {runs[0].seed}")
     for axis in axes[1:]:
         axis.set_title(f"{len(runs)} seeds: median and range")
-    axes[0].set_ylabel(f"validation {metric}")
-    if study.task.metrics[metric].better == "lower":
+        axis.set_xlabel(_time_label(study, runs))
+    unit = f", {spec.unit}" if factor != 1.0 and spec.unit else ""
+    axes[0].set_ylabel(f"validation {metric}{unit}")
+    if spec.better == "lower":
         _scale(axes[0], everything)
     else:
         axes[0].set_ylim(*_range(everything))
@@ -196,12 +244,38 @@ def _curves(study: Findings, metric: str, theme: Theme) -> Figure:
     return figure
 
 
+def _band(
+    axis: Axes, runs: Sequence[Run], name: str, metric: str, *, colour: str, factor: float
+) -> list[NDArray[np.float64]]:
+    """Draw median and range over the seeds; return the edges of the range."""
+    times, seeds = _over_seeds(runs, name, metric)
+    low, high = factor * np.nanmin(seeds, axis=0), factor * np.nanmax(seeds, axis=0)
+    axis.fill_between(times, low, high, color=colour, alpha=0.3, linewidth=0)
+    axis.plot(times, factor * np.nanmedian(seeds, axis=0), color=colour, linewidth=1.6)
+    return [low, high]
+
+
+def _train_and_overtaking(axis: Axes, study: Findings, theme: Theme) -> list[NDArray[np.float64]]:
+    """Mark where the average overtakes, and draw the training loss where it fits."""
+    epoch = study.outcome.rows[study.outcome.headline].overtakes[0]
+    if epoch is not None:
+        axis.axvline(epoch, color=theme.average, linewidth=1.0, linestyle=":", zorder=1)
+    losses, _ = _train_shown(study)
+    if not losses:
+        return []
+    values = np.asarray(losses, dtype=np.float64)
+    epochs = np.arange(1, len(values) + 1)
+    axis.plot(epochs, values, color=theme.ink, linewidth=0.9, linestyle=(0, (4, 2)), label="train")
+    return [values]
+
+
 def _key(axis: Axes) -> None:
     """Names in the colour of their lines, above the panel, where no curve runs."""
     axis.legend(
         loc="lower right",
         bbox_to_anchor=(1.0, 0.99),
-        ncols=2,
+        ncols=3,
+        columnspacing=1.2,
         frameon=False,
         handlelength=0.0,
         labelcolor="linecolor",
@@ -224,36 +298,59 @@ def small_multiples(study: Findings, theme: Theme) -> Figure:
     judge = study.task.judge
     runs = _ordinary(study)
     rivals = [run for run in study.runs if run.kind == "decayed"]
-    panels = [(name, runs, name) for name in runs[0].curves if name != LIVE]
+    panels = [(name, runs, name) for name in study.outcome.rows if name in runs[0].curves]
+    panels = [panel for panel in panels if panel[0] != LIVE]
     panels += [(DECAYED, rivals, LIVE)] if rivals else []
     figure, axes = _panels(len(panels), columns=3, width=9.6, height=2.0)
-    live_epochs, live = _over_seeds(runs, LIVE, judge)
+    live_times, live = _over_seeds(runs, LIVE, judge)
     middle = np.nanmedian(live, axis=0)
+    medians = []
     for axis, (title, chosen, name) in zip(axes, panels, strict=True):
-        epochs, seeds = _over_seeds(chosen, name, judge)
+        times, seeds = _over_seeds(chosen, name, judge)
+        medians.append(np.nanmedian(seeds, axis=0))
         colour = theme.rival if title == DECAYED else theme.average
-        axis.plot(live_epochs, middle, color=theme.live, linewidth=0.9)
-        axis.plot(epochs, np.nanmedian(seeds, axis=0), color=colour, linewidth=1.6)
+        axis.plot(live_times, middle, color=theme.live, linewidth=0.9)
+        axis.plot(times, medians[-1], color=colour, linewidth=1.6)
         axis.set_title(title)
         axis.grid(axis="y")
-    _scale(axes[0], [middle])  # by the live curve: a method far off leaves the panel
-    figure.supxlabel(study.task.unit, fontsize=_SIZE)
+    _scale(axes[0], [middle], inside=medians)
+    figure.supxlabel(_time_label(study, runs), fontsize=_SIZE)
     figure.supylabel(f"validation {judge}, median of seeds; live in grey", fontsize=_SIZE)
     return figure
+
+
+def _time_label(study: Findings, runs: Sequence[Run]) -> str:
+    stops = [run.stop for run in runs]
+    if min(stops) == max(stops):
+        return study.task.unit
+    return f"share of the run (stopped at {study.task.unit_name} {min(stops)} to {max(stops)}), %"
 
 
 def _over_seeds(
     runs: Sequence[Run], name: str, metric: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Epochs up to the first stop, and the values there: [seeds, epochs], NaN where none."""
-    last = min(run.stop for run in runs)
-    table = np.full((len(runs), last), np.nan)
-    for row, run in zip(table, runs, strict=True):
-        epochs, values = _epochs(run, name, metric)
-        inside = epochs <= last
-        row[epochs[inside].astype(int) - 1] = values[inside]
-    some = np.isfinite(table).any(axis=0)
-    return np.arange(1, last + 1, dtype=np.float64)[some], table[:, some]
+    """Times up to the stop, and the values there: [seeds, times], NaN where a seed has none.
+
+    Epochs where all runs are equally long; else shares of each run in %, between which values are
+    interpolated: at one epoch a short run would be at its end and a long one half-way.
+    """
+    pairs = [_epochs(run, name, metric) for run in runs]
+    stops = [run.stop for run in runs]
+    if min(stops) == max(stops):
+        times = np.arange(1, stops[0] + 1, dtype=np.float64)
+        places = [times] * len(runs)
+    else:
+        times = np.linspace(100.0 / _SHARES, 100.0, _SHARES)
+        places = [times / 100.0 * stop for stop in stops]
+    table = np.full((len(runs), len(times)), np.nan)
+    for row, (epochs, values), place in zip(table, pairs, places, strict=True):
+        inside = place >= epochs[0] if len(epochs) else np.zeros(len(place), dtype=bool)
+        if inside.any():
+            row[inside] = np.interp(place[inside], epochs, values)
+    # Where only some seeds have a value the median would jump as others join.
+    full = np.isfinite(table).all(axis=0)
+    some = full if full.any() else np.isfinite(table).any(axis=0)
+    return times[some], table[:, some]
 
 
 def weight_profiles(study: Findings, theme: Theme) -> Figure:
@@ -277,7 +374,10 @@ def _weights(axis: Axes, memory: Memory, run: Run, unit: str, theme: Theme) -> N
         if len(heights) > _FEW_UPDATES:
             axis.fill_between(memory.epochs, heights, color=theme.average, linewidth=0)
         else:
-            axis.vlines(memory.epochs, 0, heights, color=theme.average, linewidth=1.2)
+            # One bar a capture, as wide as the time to the one before.
+            ends = memory.epochs
+            widths = np.diff(ends, prepend=2.0 * ends[0] - ends[1]) if len(ends) > 1 else [1.0]
+            axis.bar(ends, heights, -np.asarray(widths), align="edge", color=theme.average)
     note = f"mean age {memory.mean_age / run.steps_per_epoch:.2g} {unit}s"
     if memory.initial > 1e-3:
         note += f"\nstart weighs {memory.initial:.2%}"
@@ -292,38 +392,72 @@ def forest(study: Findings, theme: Theme) -> Figure:
     outcome, task = study.outcome, study.task
     metric = task.metrics[task.judge]
     names = [name for name in outcome.rows if name != LIVE]
-    height = 1.0 + 0.32 * len(names)
-    figure, axes = _panels(2, columns=2, width=9.6, height=height, share=False)
+    height = 1.1 + 0.32 * len(names)
+    figure, axes = _panels(2, columns=2, width=9.6, height=height, share="y")
     titles = {"stop": "All at the stop of the run" if task.patience else "All at the end"}
     titles["best"] = "Each at its own best epoch"
     factor = 1.0 if metric.compare == "relative" else metric.scale
     for axis, rule in zip(axes, RULES, strict=True):
         gains = [outcome.rows[name].gains[rule][task.judge] for name in reversed(names)]
+        limits = _forest_limits(gains, factor)
         for place, (name, gain) in enumerate(zip(reversed(names), gains, strict=True)):
-            _whisker(axis, gain, place, factor, _colour(name, outcome, theme), theme)
+            colour = _colour(name, outcome, theme)
+            _whisker(axis, gain, place, factor, limits, colour=colour, theme=theme)
         axis.axvline(0, color=theme.ink, linewidth=0.8, zorder=1)
         axis.grid(axis="x")
         axis.set_title(titles[rule])
-        axis.xaxis.set_major_locator(MaxNLocator(5))
         if metric.compare == "relative":
-            axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axis.set_xlim(*_forest_limits(gains, factor))
+            _share_ticks(axis, metric, limits)
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.set_xlim(*limits)
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
+        _sides(axis, len(names) - 0.15, limits, theme)
     axes[0].set_yticks(range(len(names)), list(reversed(names)))
-    axes[0].set_ylim(-0.6, len(names) - 0.4)
+    axes[0].set_ylim(-0.6, len(names) + 0.1)
     figure.supxlabel(_forest_label(study, metric), fontsize=_SIZE)
     return figure
 
 
+def _sides(axis: Axes, height: float, limits: tuple[float, float], theme: Theme) -> None:
+    """Which side of 0 is the better one, where there is room to say so."""
+    width = limits[1] - limits[0]
+    style: dict[str, Any] = {"va": "center", "fontsize": _SIZE - 1.5, "color": theme.ink}
+    if -limits[0] > 0.2 * width:
+        axis.text(-0.01 * width, height, "worse \N{LEFTWARDS ARROW} ", ha="right", **style)
+    if limits[1] > 0.2 * width:
+        axis.text(0.01 * width, height, " \N{RIGHTWARDS ARROW} better", ha="left", **style)
+
+
+def _share_ticks(axis: Axes, metric: Metric, limits: tuple[float, float]) -> None:
+    """Ticks at round ratios on an axis of logarithms: twice as good mirrors twice as bad."""
+    ratios = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
+    gap = (limits[1] - limits[0]) / 6.5
+    ticks, last = [0.0], 0.0
+    for ratio in ratios:
+        if math.log(ratio) - last >= gap:
+            last = math.log(ratio)
+            ticks += [-last, last]
+    inside = [tick for tick in ticks if limits[0] <= tick <= limits[1]]
+    sign = -1.0 if metric.better == "lower" else 1.0
+    axis.set_xticks(inside, [_ratio_text(sign * tick) for tick in inside])
+
+
+def _ratio_text(log: float) -> str:
+    value = math.exp(log)
+    return f"{value:.2f}".rstrip("0").rstrip(".") if 0.1 < value < 10.0 else f"{value:.2g}"
+
+
 def _forest_label(study: Findings, metric: Metric) -> str:
-    change = "relative change" if metric.compare == "relative" else "change"
-    unit = f" in {metric.unit}" if metric.unit and metric.compare == "absolute" else ""
-    return (
-        f"worse than live  \N{LEFTWARDS ARROW}  {change} of {study.outcome.part} "
-        f"{study.task.judge}{unit}  \N{RIGHTWARDS ARROW}  better than live\n"
-        "diamond and bar: mean over seeds and its 95 % interval; dot: a seed"
-    )
+    judged = f"{study.outcome.part} {study.task.judge}"
+    unit = f", {metric.unit}" if metric.unit else ""
+    if metric.compare == "absolute":
+        what = f"gain in {judged} over the live weights{unit}"
+    else:
+        what = f"{judged} as a multiple of that of the live weights (logarithmic)"
+    mean = "geometric mean" if metric.compare == "relative" else "mean"
+    return f"{what}\ndiamond and bar: {mean} over seeds and its 95 % interval; dot: a seed"
 
 
 def _colour(name: str, outcome: Outcome, theme: Theme) -> str:
@@ -333,16 +467,43 @@ def _colour(name: str, outcome: Outcome, theme: Theme) -> str:
 
 
 def _whisker(
-    axis: Axes, gain: Paired, place: int, factor: float, colour: str, theme: Theme
+    axis: Axes,
+    gain: Paired,
+    place: int,
+    factor: float,
+    limits: tuple[float, float],
+    *,
+    colour: str,
+    theme: Theme,
 ) -> None:
+    """One row: dots, interval and mean, and a triangle at each edge that something lies beyond."""
     seeds = np.asarray(gain.differences) * factor
     below = np.full(len(seeds), place - 0.26)
     axis.scatter(seeds, below, s=11, color=theme.live, linewidth=0, zorder=2)
     if math.isfinite(gain.low):
         ends = [gain.low * factor, gain.high * factor]
         axis.plot(ends, [place, place], color=colour, linewidth=2.0, zorder=3)
+        _edges(axis, np.asarray(ends), float(place), limits, colour)
     if math.isfinite(gain.mean):
         axis.scatter([gain.mean * factor], [place], s=34, color=colour, marker="D", zorder=4)
+    _edges(axis, seeds, place - 0.26, limits, theme.live)
+
+
+def _edges(
+    axis: Axes,
+    values: NDArray[np.float64],
+    height: float,
+    limits: tuple[float, float],
+    colour: str,
+) -> None:
+    for edge, beyond, marker in (
+        (limits[0], values < limits[0], "<"),
+        (limits[1], values > limits[1], ">"),
+    ):
+        if beyond.any():
+            axis.scatter(
+                [edge], [height], s=22, color=colour, marker=marker, clip_on=False, zorder=5
+            )
 
 
 def _forest_limits(gains: Sequence[Paired], factor: float) -> tuple[float, float]:

@@ -6,20 +6,18 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from ._findings import Findings
-from ._json import versions
 from ._plots import DARK, pictures, png
 from ._tables import tables
 
 _TEMPLATE = "report.html.j2"
 
 
-def page(study: Findings, *, light: dict[str, bytes], command: str | None) -> str:
+def page(study: Findings, *, light: dict[str, bytes]) -> str:
     """The report as HTML.
 
     Args:
         study: what was measured.
         light: PNG of every picture for a light page; those for a dark page are drawn here.
-        command: the command line that made it, where there was one.
     """
     # Cells and names come from the task, which may hold anything: everything is escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -40,8 +38,8 @@ def page(study: Findings, *, light: dict[str, bytes], command: str | None) -> st
         tables=tables(study),
         figures={figure["name"]: figure for figure in figures},
         rows=study.data,
-        versions=versions(),
-        command=command,
+        versions=study.versions,
+        command=study.command,
         minutes=study.seconds / 60.0,
         jobs=study.jobs,
     )

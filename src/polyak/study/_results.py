@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from polyak._profiles import profile
 
 from ._curves import Spreads, early_stop, overtakes, spreads
-from ._methods import DECAYED, LIVE, Method, Tail, Windowed
+from ._methods import DECAYED, LIVE, Averaged, Method, Tail, Windowed
 from ._metrics import Metric
 from ._statistics import Paired, gains, paired
 from ._task import Data, Task
-from ._train import Run, scores
+from ._train import EVEN, ODD, Run, scores
 
 Rule = Literal["stop", "best"]
 RULES: tuple[Rule, ...] = ("stop", "best")
@@ -34,23 +34,20 @@ class Calm:
         ratios: spread of the live curve over spread of this one after the first third of the run,
             a straight line taken out of the middle and of the last third of both.
         logs: their logarithms as paired differences: what the verdict judges.
-        plain: the same ratio of plain standard deviations, where a curve that still falls counts
-            as restless.
+        plain: logarithms of the ratio of plain standard deviations after the first third, where a
+            curve that still falls counts as restless.
+        jumps: logarithms of the ratio of the changes from one evaluation to the next.
     """
 
     ratios: tuple[float, ...]
     logs: Paired
-    plain: tuple[float, ...]
+    plain: Paired
+    jumps: Paired
 
     @property
     def median(self) -> float:
         """Median ratio: 2.4 means 2.4 times calmer."""
         return _median(self.ratios)
-
-    @property
-    def plain_median(self) -> float:
-        """Median ratio of the plain standard deviations."""
-        return _median(self.plain)
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,16 @@ class Row:
     Args:
         name: the method.
         values: rule -> part -> metric -> a figure a seed; NaN where there is none.
-        best: epoch of the best judged validation value under the task's patience.
+        best: epoch of the best judged validation value under the task's patience; None for an
+            average of the tail of the run, whose first values are those of single captures.
         stop: epoch at which that patience ended the curve.
         overtakes: epoch from which it stays ahead of the live curve; None when it never does.
         spreads: of the judged validation curve, up to the stop of the run.
-        gains: rule -> metric -> paired differences to the live weights, above 0 where better.
+        gains: rule -> metric -> paired differences to the live weights, above 0 where better;
+            of a metric that compares relatively, logarithms of ratios.
+        crossed: the judged metric at an epoch picked on half of the validation rows, measured on
+            the other half, mean of both ways, a figure a seed; empty where a test part judges.
+        crossed_gain: its paired differences to the live weights.
         calm: against the live curve.
     """
 
@@ -75,6 +77,8 @@ class Row:
     overtakes: list[int | None]
     spreads: list[Spreads]
     gains: dict[Rule, dict[str, Paired]]
+    crossed: list[float]
+    crossed_gain: Paired
     calm: Calm
 
 
@@ -92,6 +96,8 @@ class Memory:
         noise_window: 1 / sum w^2, updates that count alike.
         copies: copies of the averaged tensors kept beside the live ones.
         bytes: what these take.
+        replayed: copies that the study kept, because it learned only afterwards where the average
+            had to begin; 0 where it did not have to.
     """
 
     name: str
@@ -103,6 +109,7 @@ class Memory:
     noise_window: float
     copies: int
     bytes: int
+    replayed: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,16 +147,23 @@ class Outcome:
 
 
 def measure(
-    task: Task, data: Data, runs: Sequence[Run], methods: Sequence[Method], *, kind: str
+    task: Task,
+    runs: Sequence[Run],
+    methods: Sequence[Method],
+    *,
+    kind: str,
+    ensemble: dict[Rule, dict[str, float]],
 ) -> Outcome:
     """Compare the curves of all seeds of one kind of run under the two rules."""
     chosen = [run for run in runs if run.kind == kind]
     rivals = [run for run in runs if run.kind == "decayed"] if kind == "ordinary" else []
     patience = task.patience if kind == "ordinary" else None
-    tails = {method.name for method in methods if isinstance(method, Tail)}
+    late = {
+        m.name for m in methods if isinstance(m, Tail) or (isinstance(m, Averaged) and m.shown_from)
+    }
     live = _Traces(task, LIVE, chosen, patience)
     rows = {
-        name: _row(name, _Traces(task, name, chosen, None if name in tails else patience), live)
+        name: _row(name, _Traces(task, name, chosen, patience, late=name in late), live)
         for name in chosen[0].curves
         if all(name in run.curves for run in chosen)  # a short run may never fill a window
     }
@@ -171,28 +185,59 @@ def measure(
         rows=rows,
         headline=headline,
         favourite=favourite,
-        ensemble=_ensemble(task, data, chosen, live.part) if kind == "ordinary" else {},
+        ensemble=ensemble,
     )
 
 
 class _Traces:
     """The curves of one method, a curve a seed, and where each of them stands under a rule."""
 
-    def __init__(self, task: Task, name: str, runs: Sequence[Run], patience: int | None) -> None:
-        self.task = task
+    def __init__(
+        self,
+        task: Task,
+        name: str,
+        runs: Sequence[Run],
+        patience: int | None,
+        *,
+        late: bool = False,
+    ) -> None:
+        self.task, self.patience, self.late = task, patience, late
         self.curves = [run.curves[name] for run in runs]
         self.ends = [run.stop for run in runs]
+        # The first value of a tail is one capture, the live weights themselves: nothing to pick.
+        patience = None if late else patience
         self.stopped = [early_stop(values, patience=patience) for values in self.judged()]
         self.part = "test" if self.curves[0].test else "validation"
+
+    @property
+    def sign(self) -> float:
+        """-1 where a higher value of the metric that judges is better."""
+        return 1.0 if self.task.metrics[self.task.judge].better == "lower" else -1.0
 
     def judged(self) -> list[list[float]]:
         """Validation values of the metric that judges, lower being better."""
         judge = self.task.judge
-        sign = 1.0 if self.task.metrics[judge].better == "lower" else -1.0
-        return [[sign * value for value in curve.validation[judge]] for curve in self.curves]
+        return [[self.sign * value for value in curve.validation[judge]] for curve in self.curves]
+
+    def crossed(self) -> list[float]:
+        """Picked on half of the validation rows, judged on the other half: mean of both ways."""
+        if not self.curves[0].halves:
+            return []
+        found = []
+        for curve in self.curves:
+            even, odd = curve.halves[EVEN], curve.halves[ODD]
+            picks = [
+                (early_stop([self.sign * v for v in one], patience=self.patience).best, other)
+                for one, other in ((even, odd), (odd, even))
+            ]
+            values = [_NAN if best is None or self.late else v[best - 1] for best, v in picks]
+            found.append(sum(values) / 2.0)
+        return found
 
     def best(self) -> list[int | None]:
         """Epoch of each curve's best value."""
+        if self.late:
+            return [None for _ in self.curves]
         pairs = zip(self.stopped, self.curves, strict=True)
         return [None if s.best is None else s.best + curve.first - 1 for s, curve in pairs]
 
@@ -231,12 +276,18 @@ def _row(name: str, own: _Traces, live: _Traces) -> Row:
             rule: {m: _gain(own, live, rule, m, metric) for m, metric in metrics.items()}
             for rule in RULES
         },
+        crossed=own.crossed(),
+        crossed_gain=_paired_gain(live.crossed(), own.crossed(), metrics[own.task.judge]),
         calm=_calm(own.spreads(), live.spreads()),
     )
 
 
 def _gain(own: _Traces, live: _Traces, rule: Rule, name: str, metric: Metric) -> Paired:
     before, after = (traces.figures(rule, live.part, name) for traces in (live, own))
+    return _paired_gain(before, after, metric)
+
+
+def _paired_gain(before: Sequence[float], after: Sequence[float], metric: Metric) -> Paired:
     return paired(gains(before, after, better=metric.better, compare=metric.compare))
 
 
@@ -245,9 +296,14 @@ def _calm(own: Sequence[Spreads], live: Sequence[Spreads]) -> Calm:
     ratios = tuple(_ratio(theirs.noise, mine.noise) for theirs, mine in pairs)
     return Calm(
         ratios=ratios,
-        logs=paired([math.log(ratio) if ratio > 0.0 else _NAN for ratio in ratios]),
-        plain=tuple(_ratio(theirs.settled, mine.settled) for theirs, mine in pairs),
+        logs=paired([_log(ratio) for ratio in ratios]),
+        plain=paired([_log(_ratio(theirs.settled, mine.settled)) for theirs, mine in pairs]),
+        jumps=paired([_log(_ratio(theirs.jumps, mine.jumps)) for theirs, mine in pairs]),
     )
+
+
+def _log(ratio: float) -> float:
+    return math.log(ratio) if ratio > 0.0 else _NAN
 
 
 def _picked(task: Task, rows: dict[str, Row], names: Sequence[str]) -> str:
@@ -270,12 +326,10 @@ def _median(values: Sequence[float]) -> float:
     return float(np.median(finite)) if finite else _NAN
 
 
-def _ensemble(
-    task: Task, data: Data, runs: Sequence[Run], part: str
-) -> dict[Rule, dict[str, float]]:
-    """Scores of the joined outputs of the live models of all seeds."""
-    pair = data.test if part == "test" else data.validation
-    assert pair is not None
+def joined_scores(task: Task, data: Data, runs: Sequence[Run]) -> dict[Rule, dict[str, float]]:
+    """Scores of the joined outputs of the live models of all seeds: rule -> metric -> figure."""
+    part, pair = ("test", data.test) if data.test is not None else ("validation", data.validation)
+    runs = [run for run in runs if run.kind == "ordinary"]
     joined = {
         rule: task.combine(torch.stack([run.outputs[rule][part] for run in runs])) for rule in RULES
     }
@@ -301,8 +355,7 @@ def memories(methods: Sequence[Method], run: Run) -> list[Memory]:
             times, weights = kept.times * unit, kept.weights
             rule = str(schedule) + (", one update an epoch" if unit > 1 else "")
             initial, window = float(kept.initial), float(kept.noise_window)
-            # While the run lasts, a tail whose start is not known yet keeps every epoch.
-            copies = run.stop if unit > 1 else 1
+            copies = 1
         found.append(
             Memory(
                 name=method.name,
@@ -314,6 +367,7 @@ def memories(methods: Sequence[Method], run: Run) -> list[Memory]:
                 noise_window=window,
                 copies=copies,
                 bytes=copies * run.bytes,
+                replayed=run.stop if isinstance(method, Tail) else 0,
             )
         )
     return found

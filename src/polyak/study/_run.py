@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import platform
 import queue
 import signal
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.context import SpawnContext
 from typing import Any
 
@@ -20,8 +22,9 @@ import torch
 from polyak._errors import ArgumentError, AveragingError
 
 from ._findings import Findings, assemble
+from ._results import joined_scores
 from ._task import Task
-from ._train import Moment, Run, Tell, planned, train_seed
+from ._train import Moment, Run, Tell, planned, steps_per_epoch, train_seed
 
 _LOOK_SECONDS = 0.2  # how often the progress of the workers is read
 
@@ -56,14 +59,34 @@ def find(
     with_control = (task.control and not short) if control is None else control
     jobs = min(jobs, len(chosen))
     data = task.data()
-    _, methods = planned(task, data)
+    methods = planned(task, steps_per_epoch(task, data))
     if jobs == 1:
         runs = _here(task, chosen, with_control, tell or _silent)
     else:
         runs = _in_processes(task, chosen, with_control, jobs, tell or _silent)
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
     return assemble(
-        task, data, methods, chosen, runs, seconds=time.perf_counter() - started, jobs=jobs
+        task,
+        methods,
+        chosen,
+        runs,
+        data={name: len(pair[0]) for name, pair in parts.items() if pair is not None},
+        ensemble=joined_scores(task, data, runs),
+        seconds=time.perf_counter() - started,
+        jobs=jobs,
+        versions=versions(),
     )
+
+
+def versions() -> dict[str, str]:
+    """What runs: Python, the machine, and the libraries that decide the figures."""
+    found = {"python": platform.python_version(), "machine": platform.platform()}
+    for name in ("polyak", "torch", "numpy", "scipy", "scikit-learn"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
 
 
 def processors() -> int:

@@ -61,7 +61,7 @@ def paired(differences: Sequence[float]) -> Paired:
     mean +- t(0.975, n - 1) s / sqrt(n), s with n - 1: Student 1908. It supposes that the
     differences are roughly normal, which a handful of seeds cannot show; the sign test does not.
 
-    Example:
+    Examples:
         >>> paired([1.0, 2.0, 3.0]).mean
         2.0
     """
@@ -97,23 +97,31 @@ def gains(
 ) -> list[float]:
     """Change from `baseline` to `values` seed by seed, above 0 where it is for the better.
 
-    "relative" divides by the size of the baseline: 0.2 is a loss 20 % lower.
+    "relative" is the logarithm of the ratio: ln(old / new) where lower is better. A share of the
+    baseline has a ceiling at 100 % and no floor, so that mere noise in the baseline makes its mean
+    negative; logarithms change sign when the two sides change places, and add up along a chain.
+    Their mean is the geometric mean of the ratios; `Metric.shown` turns it into a share. NaN
+    where a value is not above 0.
 
-    Example:
+    Examples:
         >>> gains([0.5], [0.4], better="lower", compare="absolute")
         [0.09999999999999998]
+        >>> gains([0.5], [0.5], better="lower", compare="relative")
+        [0.0]
     """
     if len(baseline) != len(values):
         raise ArgumentError(
             f"values must have one entry a seed ({len(baseline)}), got {len(values)}."
         )
-    sign = -1.0 if better == "lower" else 1.0
-    changes = [sign * (new - old) for old, new in zip(baseline, values, strict=True)]
+    ends = [
+        (old, new) if better == "higher" else (new, old)
+        for old, new in zip(baseline, values, strict=True)
+    ]
     if compare == "absolute":
-        return changes
+        return [after - before for before, after in ends]
     return [
-        change / abs(old) if old != 0.0 else float("nan")
-        for change, old in zip(changes, baseline, strict=True)
+        math.log(after) - math.log(before) if before > 0.0 and after > 0.0 else float("nan")
+        for before, after in ends
     ]
 
 

@@ -1,7 +1,7 @@
 """The front door of a study: run it, read it, keep it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,30 @@ class Study:
     def save(self, out: str | Path, *, force: bool = False, command: str | None = None) -> Path:
         """Write `report.html`, `results.json` and the pictures to the folder `out`.
 
-        Written whole or not at all. An earlier study there is only replaced with `force`, a
-        folder that holds anything else never.
+        Written whole or not at all. An earlier study there is only replaced with `force`, a folder
+        that holds anything else never. `command` is the command line that the page names.
 
         Raises:
             ArgumentError: a folder that may not be written to.
         """
-        return _folder.save(self.findings, out, force=force, command=command)
+        named = self.findings if command is None else replace(self.findings, command=command)
+        return _folder.save(named, out, force=force)
+
+    @staticmethod
+    def load(folder: str | Path, *, task: Task | None = None) -> "Study":
+        """Read a study back from its folder, to draw its page anew or to go on from its figures.
+
+        Nothing is trained. `save(folder, force=True)` then writes the page as this version of
+        polyak draws it.
+
+        Args:
+            folder: what `save` wrote.
+            task: the task that was studied; None where it is one that comes with the library.
+
+        Raises:
+            ArgumentError: no study there, a task that is not the one that was studied.
+        """
+        return Study(_folder.load(folder, task=task))
 
 
 def run_study(

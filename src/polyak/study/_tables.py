@@ -7,13 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from ._findings import Findings
-from ._methods import LIVE
+from ._methods import DECAYED, LIVE
 from ._metrics import Metric
 from ._results import RULES, Outcome, Row, Rule
-from ._statistics import Paired
-from ._verdict import amount, when
+from ._statistics import Paired, gains, paired
+from ._verdict import amount, smaller, three, when
 
 NONE = "\N{EN DASH}"
+GAIN = "gain [95 %], better in (sign test)"
+HOW = (
+    "A gain in % is the mean of log ratios turned into a share (the geometric mean), any other a "
+    "plain mean; in brackets its Student-t interval, then in how many seeds it is better and how "
+    "often a fair coin would be as one-sided."
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Table:
 def number(value: float, digits: int = 4) -> str:
     """A figure with `digits` significant digits, a dash where there is none.
 
-    Example:
+    Examples:
         >>> number(0.0054321), number(1234567.0), number(float("nan")) == NONE
         ('0.005432', '1.235e+06', True)
     """
@@ -70,28 +76,27 @@ def final_table(study: Findings) -> Table:
         ]
         if published is not None and name in published.values:
             old, new = published.values[name]
-            better = metric.better == "lower"
-            change = (old - new if better else new - old) / (
-                abs(old) if metric.compare == "relative" else 1.0
-            )
-            cells += [f"{old:g}", f"{new:g}", amount(change, metric)]
+            change = gains([old], [new], better=metric.better, compare=metric.compare)
+            cells += [f"{old:g}", f"{new:g}", amount(change[0], metric)]
         elif published is not None:
             cells += [NONE] * 3
         rows.append(tuple(cells))
     rows.append(_spread_row(study, live, average, whole=True))
     rows.append(_spread_row(study, live, average, whole=False))
-    stops = f"stopped at {task.unit_name} {_middle(outcome.stops)}"
+    ended = "ended" if task.patience is None else "stopped"
+    stops = f"{ended} at {task.unit_name} {_middle(outcome.stops)}"
     stop = ["run", stops, stops, NONE]
     if published is not None:
         stop += [f"stopped at {task.unit_name} {published.stop}"] * 2 + [NONE]
     rows.append(tuple(stop))
-    columns: tuple[str, ...] = ("", "live", outcome.headline, "gain, mean [95 %] (better in)")
+    columns: tuple[str, ...] = ("", "live", outcome.headline, GAIN)
     if published is not None:
         columns += (f"live, {published.source}", "its average", "its gain")
     note = (
         f"Figures on {outcome.part} data {when(task, 'stop')}: mean over seeds \N{PLUS-MINUS SIGN} "
+        f"standard deviation over seeds. {HOW} Spread is the plain standard deviation of the "
+        "validation curve."
     )
-    note += "standard deviation over seeds. Spread is that of the validation curve."
     if published is not None and published.note:
         note += f" {published.note}"
     return Table(f"{LIVE.capitalize()} and averaged", columns, tuple(rows), note)
@@ -100,14 +105,24 @@ def final_table(study: Findings) -> Table:
 def _spread_row(study: Findings, live: Row, average: Row, *, whole: bool) -> tuple[str, ...]:
     name = "spread, whole curve" if whole else "spread after the first third"
     pair = [[s.whole if whole else s.settled for s in row.spreads] for row in (live, average)]
-    ratios = [a / b if b else math.nan for a, b in zip(*pair, strict=True)]
+    ratios = paired(gains(*pair, better="lower", compare="relative"))
     cells = [name, _over_seeds(pair[0]), _over_seeds(pair[1])]
-    cells.append(f"{number(_median(ratios), 2)} times calmer (median)")
+    cells.append(_spread_cell(ratios) if ratios.seeds else NONE)
     if study.task.published is not None:
         spread = study.task.published.spread
-        cells += [f"{spread[0]:g}", f"{spread[1]:g}"] if whole else [NONE, NONE]
-        cells.append(f"{spread[0] / spread[1]:.1f} times calmer" if whole else NONE)
+        # Their figures are of the size of the settled curve's; the first descent is 20 times that.
+        cells += [NONE, NONE] if whole else [f"{spread[0]:g}", f"{spread[1]:g}"]
+        cells.append(NONE if whole else f"{spread[0] / spread[1]:.1f} times smaller")
     return tuple(cells)
+
+
+def _spread_cell(logs: Paired) -> str:
+    said = smaller(logs).removeprefix("is ")
+    if logs.seeds < 2:
+        return said
+    ends = [math.exp(math.copysign(1.0, logs.mean) * end) for end in (logs.low, logs.high)]
+    low, high = (number(end, 2) for end in sorted(ends))
+    return f"{said}\n[{low}, {high}], {_count(logs)}"
 
 
 def epoch_table(study: Findings) -> Table:
@@ -161,16 +176,17 @@ def methods_table(study: Findings) -> Table:
         (
             "",
             f"{task.judge} {when(task, 'stop')}",
-            "gain over live, mean [95 %] (better in)",
+            GAIN,
             f"{task.judge} at its own best",
-            "gain over live, mean [95 %] (better in)",
+            GAIN,
             f"best {task.unit_name}",
-            "stopped at",
+            "its patience ends",
             "overtakes live",
         ),
         tuple(rows),
-        f"Means over seeds on {outcome.part} data; epochs are medians, picked on validation data. "
-        "Every curve has the same patience, the live one too; the rival runs its planned length. "
+        f"Gains are over the live weights. {HOW} Other figures are means over seeds on "
+        f"{outcome.part} data; epochs are medians, picked on validation data. {_patience(study)} "
+        "The mean of the tail has no best epoch: its first value is that of a single capture. "
         "An average overtakes where it stays ahead five evaluations in a row. Intervals are one by "
         "one: among many methods, some exclude 0 by luck. Ensembles have one figure, no interval.",
         strong,
@@ -190,7 +206,7 @@ def other_metrics(study: Findings) -> Table:
         rows.append(tuple(cells))
     columns: tuple[str, ...] = ("",)
     for metric in others:
-        columns += (metric, "gain, mean [95 %] (better in)")
+        columns += (metric, GAIN)
     title = f"The other metrics {when(study.task, 'stop')}"
     return Table(title, columns, tuple(rows), strong=strong)
 
@@ -200,19 +216,31 @@ def spread_table(study: Findings) -> Table:
     rows, strong = [], None
     for place, (name, row) in enumerate(study.outcome.rows.items()):
         strong = place if name == study.outcome.headline else strong
-        parts = ("whole", "settled", "early", "middle", "late")
+        parts = ("whole", "settled", "early", "middle", "late", "jumps")
         cells = [name, *(number(_median([getattr(s, p) for s in row.spreads]), 3) for p in parts)]
-        logs = row.calm.logs
-        calmer = f"{number(row.calm.median, 2)} times ({logs.wins} of {logs.seeds})"
-        rows.append((*cells, NONE if name == LIVE or not logs.seeds else calmer))
+        for logs in (row.calm.logs, row.calm.jumps):
+            cells.append(NONE if name == LIVE or not logs.seeds else _spread_cell(logs))
+        rows.append(tuple(cells))
     return Table(
         f"Spread of the validation curves ({study.task.judge})",
-        ("", "whole", "after first third", "early", "middle", "late", "calmer than live"),
+        (
+            "",
+            "whole",
+            "after first third",
+            "early",
+            "middle",
+            "late",
+            "jumps",
+            "spread, trend out, against live",
+            "jumps against live",
+        ),
         tuple(rows),
         "Medians over seeds of standard deviations. 'whole' and 'after first third' are plain; "
         "early, middle and late are thirds of the run with a straight line taken out, so that a "
         "curve that falls does not count as restless (a line does not follow the first descent). "
-        "The last column joins middle and late; in brackets, the seeds in which it is calmer.",
+        "'jumps' is the change from one evaluation to the next over the square root of 2: no trend "
+        "to take out. The last columns are geometric means over seeds with 95 % intervals, the "
+        "first of them of middle and late together.",
         strong,
     )
 
@@ -227,7 +255,7 @@ def memory_table(study: Findings) -> Table:
             f"{number(memory.mean_age / run.steps_per_epoch, 3)} {unit}s",
             number(memory.noise_window, 4),
             f"{memory.initial:.2g}" if memory.initial > 0 else "0",
-            f"{memory.copies}",
+            f"{memory.copies} ({memory.replayed} here)" if memory.replayed else f"{memory.copies}",
             _bytes(memory.bytes),
             memory.rule,
         )
@@ -238,7 +266,13 @@ def memory_table(study: Findings) -> Table:
         ("", "mean age", "noise window", "weight of the start", "copies kept", "memory", "rule"),
         rows,
         f"At the stop of seed {run.seed}. The noise window is the number of equally weighted "
-        "updates that would average as much noise away: 1 / sum of squared weights.",
+        "updates that would average as much noise away: 1 / sum of squared weights."
+        + (
+            " The mean of the tail needs one copy where its start is planned; the study learned of "
+            "the stop only afterwards and kept the weights of every epoch."
+            if any(memory.replayed for memory in study.memories)
+            else ""
+        ),
     )
 
 
@@ -249,7 +283,7 @@ def control_table(study: Findings, control: Outcome) -> Table:
     rows, strong = [], None
     for place, (name, row) in enumerate(control.rows.items()):
         strong = place if name == control.headline else strong
-        calm = f"{number(row.calm.median, 2)} times"
+        calm = _spread_cell(row.calm.logs) if row.calm.logs.seeds else NONE
         rows.append(
             (
                 name,
@@ -263,8 +297,8 @@ def control_table(study: Findings, control: Outcome) -> Table:
         (
             "",
             f"{task.judge} at the end",
-            "gain over live, mean [95 %] (better in)",
-            "calmer than live",
+            GAIN,
+            "spread, trend out, against live",
         ),
         tuple(rows),
         "As many steps, the same start, each step on all training rows: without noise an average "
@@ -279,10 +313,38 @@ def _under(outcome: Outcome, row: Row, rule: Rule, judge: str, metric: Metric) -
 
 
 def _gain(gain: Paired, metric: Metric) -> str:
+    if not gain.seeds:
+        return NONE
     if gain.seeds < 2:
         return amount(gain.mean, metric)
-    low, high = (amount(end, metric).split(" ")[0] for end in (gain.low, gain.high))
-    return f"{amount(gain.mean, metric)} [{low}, {high}] ({gain.wins} of {gain.seeds})"
+    mean, low, high = three(gain, metric)
+    return f"{mean}\n[{low.split(' ')[0]}, {high.split(' ')[0]}], {_count(gain)}"
+
+
+def _count(gain: Paired) -> str:
+    return f"{gain.wins} of {gain.seeds} ({gain.sign_p:.2g})"
+
+
+def _patience(study: Findings) -> str:
+    """Who trained for how long when each is taken at its own best."""
+    if study.task.patience is None:
+        return "All runs are equally long."
+    stops = study.outcome.stops
+    latest = {name: max((e for e in row.best if e), default=0) for name, row in _averages(study)}
+    slow = max(latest, key=latest.__getitem__)
+    said = (
+        f"Every curve has the same patience, the live one too, and trains until it is used up; the "
+        f"rival and the mean of the tail end with the run, at {min(stops)} to {max(stops)}."
+    )
+    if latest[slow] <= max(stops):
+        return said
+    return (
+        f"{said} So a slow average at its own best had more training: {slow} up to {latest[slow]}."
+    )
+
+
+def _averages(study: Findings) -> list[tuple[str, Row]]:
+    return [(n, row) for n, row in study.outcome.rows.items() if not n.startswith(DECAYED)]
 
 
 def _stopped(study: Findings, row: Row) -> str:

@@ -1,12 +1,15 @@
 """One seed: train once, follow every average in that same run, look at all of them each epoch."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from polyak._average import Average, Averages, refresh_norms
@@ -18,11 +21,13 @@ from ._methods import LIVE, Averaged, Method, Tail, Windowed, check_methods, usu
 from ._task import Data, Pair, Task
 
 REFRESHED = ", refreshed"
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+EVEN, ODD = "even rows", "odd rows"
+_ORDER = 1_000_003  # the batches of a seed must not be drawn from the bits that drew its weights
+_CHECKED = 64  # rows on which a model without noise must repeat itself
 _CHUNK = 8192  # rows a forward pass when evaluating: bounds memory, not the result
 
 
-@dataclass
+@dataclass(frozen=True)
 class Curve:
     """What one method did, evaluation by evaluation, in one run.
 
@@ -30,11 +35,28 @@ class Curve:
         first: epoch of the first entry.
         validation: metric -> values.
         test: metric -> values; empty where the task has no test part.
+        halves: the metric that judges, on the even and on the odd rows of the validation part, so
+            that one half can pick an epoch and the other judge it; empty where there is a test
+            part, which does that better.
     """
 
     first: int
     validation: dict[str, list[float]] = field(default_factory=dict)
     test: dict[str, list[float]] = field(default_factory=dict)
+    halves: dict[str, list[float]] = field(default_factory=dict)
+
+    def trimmed(self, *, stop: int, sign: float, judge: str, patience: int | None) -> "Curve":
+        """Without what no rule looks at: after the stop of the run and the end of its patience."""
+        ends = [early_stop([sign * v for v in self.validation[judge]], patience=patience).stop]
+        ends += [
+            early_stop([sign * v for v in values], patience=patience).stop
+            for values in self.halves.values()
+        ]
+        last = max(stop - self.first + 1, *ends)
+        parts = (self.validation, self.test, self.halves)
+        return Curve(
+            self.first, *({name: values[:last] for name, values in p.items()} for p in parts)
+        )
 
     def part(self, name: str) -> dict[str, list[float]]:
         """The values on "validation" or "test"."""
@@ -94,13 +116,16 @@ class Moment:
 Tell = Callable[[Moment], None]
 
 
-def planned(task: Task, data: Data) -> tuple[int, tuple[Method, ...]]:
-    """Steps between evaluations, and the methods of a run of that length.
+def steps_per_epoch(task: Task, data: Data) -> int:
+    """Optimizer steps between evaluations."""
+    return task.evaluate_every or -(-len(data.train[0]) // task.batch)
+
+
+def planned(task: Task, per_epoch: int) -> tuple[Method, ...]:
+    """The methods of a run with so many steps between evaluations.
 
     A tail average becomes an ordinary schedule where the length of the run is known.
     """
-    rows = len(data.train[0])
-    per_epoch = task.evaluate_every or -(-rows // task.batch)
     steps = per_epoch * task.epochs
     methods = usual_methods(steps=steps) if task.methods is None else task.methods(steps)
     check_methods(methods)
@@ -117,7 +142,7 @@ def planned(task: Task, data: Data) -> tuple[int, tuple[Method, ...]]:
             f"headline must be an average or a family, one of {sorted(known - {''})}, "
             f"got {task.headline!r}."
         )
-    return per_epoch, methods
+    return methods
 
 
 def _family(method: Method) -> str:
@@ -131,7 +156,8 @@ def train_seed(task: Task, seed: int, *, control: bool, tell: Tell) -> list[Run]
     initial weights and, the control apart, the same batches in the same order.
     """
     data = task.data()
-    per_epoch, methods = planned(task, data)
+    per_epoch = steps_per_epoch(task, data)
+    methods = planned(task, per_epoch)
     headline = [m for m in methods if task.headline in (m.name, _family(m))]
     run = partial(_run, data=data, seed=seed, per_epoch=per_epoch, tell=tell)
     ordinary = run(task, kind="ordinary", methods=methods)
@@ -211,7 +237,26 @@ class _Looks:
             outputs[part] = predict(self.model, pair[0])
             for metric, value in scores(self.task, outputs[part], pair[1]).items():
                 curve.part(part).setdefault(metric, []).append(value)
+        if self.data.test is None and len(self.data.validation[0]) > 1:
+            measure = self.task.metrics[self.task.judge].measure
+            for half, start in ((EVEN, 0), (ODD, 1)):
+                targets = self.data.validation[1][start::2]
+                value = float(measure(outputs["validation"][start::2], targets))
+                curve.halves.setdefault(half, []).append(value)
         return outputs
+
+
+def trimmed(task: Task, curves: Mapping[str, Curve], *, stop: int, kind: str) -> dict[str, Curve]:
+    """All curves of a run without what no rule looks at."""
+    sign = 1.0 if task.metrics[task.judge].better == "lower" else -1.0
+    patience = task.patience if kind == "ordinary" else None  # only these stop early
+    found = {
+        name: curve.trimmed(stop=stop, sign=sign, judge=task.judge, patience=patience)
+        for name, curve in curves.items()
+    }
+    if kind == "control":  # no epoch is picked there
+        found = {name: replace(curve, halves={}) for name, curve in found.items()}
+    return found
 
 
 def predict(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -233,7 +278,7 @@ def scores(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, float]:
 def batches(pair: Pair, *, size: int, seed: int) -> Iterator[Pair]:
     """Batches without end: a new order each pass; all rows at once when they fit in one."""
     inputs, targets = pair
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_ORDER + seed)
     while True:
         if size >= len(inputs):
             yield pair
@@ -243,15 +288,34 @@ def batches(pair: Pair, *, size: int, seed: int) -> Iterator[Pair]:
 
 
 def _build(
-    task: Task, seed: int, *, dropout: bool = True
+    task: Task, data: Data, seed: int, *, noise: bool = True
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)  # initial weights and dropout; batches have a generator of their own
     model = task.model()
-    if not dropout:
-        for module in model.modules():
-            if isinstance(module, _DROPOUTS):
-                module.p = 0.0
+    if not noise:
+        _silence(model, data.train[0][:_CHECKED])
     return model, task.optimizer(model.parameters())
+
+
+def _silence(model: nn.Module, inputs: Tensor) -> None:
+    """Turn dropout off, and refuse a model that is random in training even so."""
+    for module in model.modules():
+        held: Any = module
+        if isinstance(module, _DropoutNd):
+            held.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # attention, LSTM, GRU
+            held.dropout = 0.0
+    outputs = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            outputs.append(copy.deepcopy(model).train()(inputs))  # a copy: BatchNorm would count it
+    if not torch.equal(*outputs):
+        raise ArgumentError(
+            "control must be run on a model that is not random in training once its dropout "
+            "modules are off, got one whose outputs change with the random seed. "
+            "Pass control=False (--no-control), or make the noise a module of torch.nn."
+        )
 
 
 def _epoch(
@@ -322,7 +386,7 @@ def _run(
 ) -> Run:
     """Train until the watched curve stops, then on until every other curve has stopped too."""
     started = time.perf_counter()
-    model, optimizer = _build(task, seed, dropout=kind != "control")
+    model, optimizer = _build(task, data, seed, noise=kind != "control")
     scheduler = task.scheduler(optimizer) if task.scheduler and kind != "decayed" else None
     budget = per_epoch * task.epochs if kind == "decayed" else None
     rate = _Rate(optimizer, warmup=task.warmup, decay=task.decay, budget=budget)
@@ -363,7 +427,7 @@ def _run(
         stop=stop or len(losses),
         train_loss=losses,
         rates=rates,
-        curves=looks.curves,
+        curves=trimmed(task, looks.curves, stop=stop or len(losses), kind=kind),
         bytes=looks.bytes(),
         seconds=time.perf_counter() - started,
         outputs=outputs if kind == "ordinary" else {},

@@ -6,13 +6,14 @@ from typing import Literal
 
 from ._methods import DECAYED, LIVE
 from ._metrics import Metric
-from ._results import Calm, Outcome, Rule
+from ._results import Calm, Outcome, Row, Rule
 from ._statistics import Paired, detectable, gains, paired
 from ._task import Task
 
 Answer = Literal["yes", "no", "little", "not shown"]
 ALIKE = 1.25  # spreads proved to differ by less than this factor are called alike
 FEW = 5  # below this many seeds the verdict says how little they can show
+FEW_EVALUATIONS = 6  # below this many a curve has no thirds, and a picked epoch means nothing
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,21 @@ class Verdict:
         return " ".join((self.title, self.headline, *self.sentences))
 
 
-def verdict(task: Task, ordinary: Outcome, control: Outcome | None) -> Verdict:
-    """Say what was found."""
+def verdict(
+    task: Task,
+    ordinary: Outcome,
+    control: Outcome | None,
+    *,
+    edge: Literal["shortest", "longest", ""] = "",
+) -> Verdict:
+    """Say what was found.
+
+    Args:
+        task: what was studied.
+        ordinary: the figures.
+        control: those without mini-batch noise.
+        edge: whether the picked length is the shortest or the longest that was tried.
+    """
     name, metric = ordinary.headline, task.metrics[task.judge]
     row = ordinary.rows[name]
     gain = row.gains["stop"][task.judge]
@@ -51,13 +65,18 @@ def verdict(task: Task, ordinary: Outcome, control: Outcome | None) -> Verdict:
         f"A calmer curve: {words.get(calmer, calmer)}. "
         f"A better {task.judge} {when(task, 'stop')}: {words.get(answer, answer)}."
     )
+    if min(ordinary.stops) < FEW_EVALUATIONS:
+        answer = calmer = "not shown"
+        title = f"Too few {task.unit_name}s to say anything."
     headline = (
         f"{name}: {calm_clause(row.calm)}; "
         f"{gain_clause(gain, metric, task.judge, when=when(task, 'stop'))}."
     )
     sentences = [
         *_few(gain),
-        _at_best(task, ordinary),
+        *_lost(task, ordinary),
+        *_at_best(task, ordinary),
+        *_edge(name, edge),
         *_pick(task, ordinary),
         *_rival(task, ordinary),
         *_joined(task, ordinary),
@@ -70,7 +89,8 @@ def verdict(task: Task, ordinary: Outcome, control: Outcome | None) -> Verdict:
 
 def answer_of(gain: Paired, metric: Metric) -> Answer:
     """Class of a gain: "little" goes before "yes" and "no", as the reader's own threshold does."""
-    if metric.small > 0.0 and gain.within(metric.small):
+    low, high = metric.shown(gain.low), metric.shown(gain.high)
+    if metric.small > 0.0 and -metric.small <= low and high <= metric.small:
         return "little"
     found: dict[str, Answer] = {"better": "yes", "worse": "no", "uncertain": "not shown"}
     return found[gain.finding]
@@ -83,51 +103,108 @@ def when(task: Task, rule: Rule) -> str:
     return "at the stop" if task.patience is not None else "at the end"
 
 
-def amount(value: float, metric: Metric, *, sign: bool = True) -> str:
-    """A difference for people: "+5 %", "-0.041 nats".
+def digits_of(*values: float, relative: bool) -> int:
+    """Decimals that show two figures of the largest of these and one of the smallest."""
+    sizes = [abs(value) for value in values if math.isfinite(value) and value != 0.0]
+    if not sizes:
+        return 0
+    needed = (1 - math.floor(math.log10(max(sizes))), -math.floor(math.log10(min(sizes))))
+    return min(max(0, *needed), 1 if relative else 6)
 
-    Example:
-        >>> amount(0.0512, Metric(lambda a, b: a))
-        '+5.1 %'
+
+def amount(gain: float, metric: Metric, *, sign: bool = True, digits: int | None = None) -> str:
+    """A gain for people: "+5 %", "-0.041 nats"; a relative one is given as a log ratio.
+
+    Examples:
+        >>> amount(0.0512, Metric(lambda a, b: a, compare="absolute", unit="nats"))
+        '+0.051 nats'
+        >>> amount(math.log(2.0), Metric(lambda a, b: a))
+        '+50 %'
     """
+    value = _scaled(gain, metric)
     if not math.isfinite(value):
         return "no figure"
     relative = metric.compare == "relative"
-    shown = value * (100.0 if relative else metric.scale)
-    unit = "%" if relative else metric.unit
-    two_figures = 1 - math.floor(math.log10(abs(shown))) if shown else 0
-    digits = min(max(two_figures, 0), 1 if relative else 6)
-    text = f"{shown:{'+' if sign else ''}.{digits}f}".replace("-", "\N{MINUS SIGN}")
-    return f"{text} {unit}".strip()
+    digits = digits_of(value, relative=relative) if digits is None else digits
+    value = round(value, digits)
+    text = f"{value:{'+' if sign and value else ''}.{digits}f}" if value else "0"
+    return f"{text} {'%' if relative else metric.unit}".strip().replace("-", "\N{MINUS SIGN}")
+
+
+def at_least(gain: float, metric: Metric) -> str:
+    """A gain above 0 as a lower bound: rounded down, so that the claim stays true."""
+    value = _scaled(gain, metric)
+    digits = digits_of(value, relative=metric.compare == "relative")
+    # A hair is allowed for: 0.18 held as 0.17999999999 is 18 %.
+    text = f"{math.floor(value * 10**digits + 1e-6) / 10**digits:.{digits}f}"
+    return f"{text} {'%' if metric.compare == 'relative' else metric.unit}".strip()
+
+
+def _scaled(gain: float, metric: Metric) -> float:
+    return metric.shown(gain) * (100.0 if metric.compare == "relative" else metric.scale)
+
+
+def three(gain: Paired, metric: Metric) -> tuple[str, str, str]:
+    """Mean and both ends of its interval, with the same decimals."""
+    ends = [_scaled(end, metric) for end in (gain.low, gain.high)]
+    digits = digits_of(*ends, relative=metric.compare == "relative")
+    low, mean, high = (
+        amount(value, metric, digits=digits) for value in (gain.low, gain.mean, gain.high)
+    )
+    return mean, low, high
+
+
+def mean_name(metric: Metric) -> str:
+    """Which mean it is: that of log ratios is the geometric mean of the ratios."""
+    return "geometric mean" if metric.compare == "relative" else "mean"
+
+
+def count(gain: Paired) -> str:
+    """In how many seeds it is better, and the sign test of that."""
+    return f"better in {gain.wins} of {gain.seeds} seeds, sign test {gain.sign_p:.2g}"
 
 
 def interval(gain: Paired, metric: Metric) -> str:
     """Mean, interval and count of a paired difference, for brackets."""
-    mean = f"mean {amount(gain.mean, metric)}"
     if gain.seeds < 2:
-        return f"{mean}, one seed: no interval"
-    low, high = amount(gain.low, metric), amount(gain.high, metric)
-    return (
-        f"{mean}, 95 % interval {_bare(low)} to {high}, better in {gain.wins} of {gain.seeds} seeds"
-    )
+        return f"{amount(gain.mean, metric)}, one seed: no interval"
+    mean, low, high = three(gain, metric)
+    return f"{mean_name(metric)} {mean}, 95 % interval {low.split(' ')[0]} to {high}, {count(gain)}"
 
 
-def _bare(text: str) -> str:
-    """The number of "+5 %" alone: the unit is said once, at the end of an interval."""
-    return text.split(" ")[0]
+def times(gain: Paired) -> str:
+    """A mean log ratio as "2.1 times ..., 95 % interval 1.4 to 3.2", the old value being 1."""
+    mean = _factor(-gain.mean)
+    if gain.seeds < 2:
+        return f"{mean} times"
+    return f"{mean} times (95 % interval {_factor(-gain.high)} to {_factor(-gain.low)})"
+
+
+def _factor(log: float) -> str:
+    try:
+        value = math.exp(log)
+    except OverflowError:
+        return "endlessly many"
+    if 0.5 <= value < 1.995:
+        return f"{value:.2f}"
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:.1f}" if 1.0 < rounded < 10.0 else f"{rounded:g}"
 
 
 def gain_clause(gain: Paired, metric: Metric, name: str, *, when: str) -> str:
     """Whether the gain is real, as a clause."""
-    lost = f"; {gain.left_out} more diverged" if gain.left_out else ""
+    lost = f"; {gain.left_out} more without a figure" if gain.left_out else ""
     said = f"({interval(gain, metric)}{lost})"
     answer = answer_of(gain, metric)
     if answer == "little":
-        size = amount(metric.small, metric, sign=False)
+        size = "{:g} {}".format(
+            metric.small * (100.0 if metric.compare == "relative" else metric.scale),
+            "%" if metric.compare == "relative" else metric.unit,
+        ).strip()
         return f"{name} {when} changes little {said}: less than {size} either way"
     if answer == "yes":
         least = min(gain.differences)
-        each = f", by {amount(least, metric, sign=False)} or more in each" if least > 0 else ""
+        each = f", by {at_least(least, metric)} or more in each" if least > 0 else ""
         return f"the gain in {name} {when} is real {said[:-1]}{each})"
     if answer == "no":
         return f"{name} {when} gets worse {said}"
@@ -147,18 +224,28 @@ def calm_clause(calm: Calm) -> str:
     logs = calm.logs
     if not logs.seeds:
         return "the spread of the curve cannot be compared"
-    size = (
-        f"{calm.median:.1f} times with its trend taken out, {calm.plain_median:.1f} times plainly"
-    )
     if logs.seeds < 2:
-        return f"the curve is calmer by {size} in the one seed there is"
+        return f"the spread of the curve {smaller(logs)} in the one seed there is"
     clause = {
         "yes": "the calmer curve is real",
         "no": "the curve is more restless",
         "little": "the curve is as restless as before",
         "not shown": "a calmer curve is not shown",
     }[calm_of(calm)]
-    return f"{clause} ({logs.wins} of {logs.seeds} seeds, median {size})"
+    median = _factor(math.log(calm.median))
+    size = f"{logs.wins} of {logs.seeds} seeds, median {median} times with its trend out"
+    ends = f"mean {_factor(logs.mean)}, 95 % interval {_factor(logs.low)} to {_factor(logs.high)}"
+    plain = calm.plain
+    if not plain.seeds:
+        return f"{clause} ({size}, {ends})"
+    moving = ", since it is still moving" if plain.mean < 0.0 < logs.mean else ""
+    return f"{clause} ({size}, {ends}; plainly its spread {smaller(plain)}{moving})"
+
+
+def smaller(logs: Paired) -> str:
+    """A mean log ratio of spreads in words: "is 2.4 times smaller"."""
+    side = "smaller" if logs.mean >= 0.0 else "larger"
+    return f"is {_factor(abs(logs.mean))} times {side}"
 
 
 def _few(gain: Paired) -> list[str]:
@@ -172,17 +259,72 @@ def _few(gain: Paired) -> list[str]:
     ]
 
 
-def _at_best(task: Task, outcome: Outcome) -> str:
+def _lost(task: Task, outcome: Outcome) -> list[str]:
+    """Who diverged: a seed without a figure is left out of every mean, which favours that side."""
+    found = []
+    for name in (LIVE, outcome.headline):
+        values = outcome.figures(name, "stop", task.judge)
+        lost = sum(not math.isfinite(value) for value in values)
+        if lost:
+            found.append(
+                f"{lost} of {len(values)} seeds of {name} ended without a finite {task.judge}; "
+                "they are left out of the means, which flatters it."
+            )
+    return found
+
+
+def _at_best(task: Task, outcome: Outcome) -> list[str]:
+    """Both curves at an epoch picked for each, and whether picking flattered."""
     metric = task.metrics[task.judge]
-    gain = outcome.rows[outcome.headline].gains["best"][task.judge]
-    rule = (
-        "With the same early stopping for both"
-        if task.patience is not None
-        else "With the epoch chosen on validation data for both"
+    row = outcome.rows[outcome.headline]
+    gain = row.gains["best"][task.judge]
+    if not gain.seeds:
+        return []
+    rule = "with the same patience for both" if task.patience else "picked on validation data"
+    found = [f"Each at its own best epoch, {rule}, {_standing(task, outcome.headline, gain)}."]
+    crossed = row.crossed_gain
+    if crossed.seeds:
+        found.append(
+            "Those epochs were picked and judged on the same rows. Picked on half of the rows and "
+            f"judged on the other half, {_standing(task, outcome.headline, crossed)}; "
+            f"{_flattery(outcome.live, row, metric)}."
+        )
+    return found
+
+
+def _standing(task: Task, name: str, gain: Paired) -> str:
+    metric = task.metrics[task.judge]
+    said = {"better": "is better", "worse": "is worse", "uncertain": "is neither better nor worse"}
+    if metric.compare == "relative" and metric.better == "lower":
+        return (
+            f"{name} {said[gain.finding]}: its {task.judge} is {times(gain)} that of the live "
+            f"weights, {count(gain)}"
+        )
+    return f"{name} {said[gain.finding]} than the live weights ({interval(gain, metric)})"
+
+
+def _flattery(live: Row, average: Row, metric: Metric) -> str:
+    """How much rosier a picked figure is than a crossed one, mean over the seeds of each curve."""
+    judge = next(iter(live.gains["best"]))
+    sizes = []
+    for row in (live, average):
+        picked = row.values["best"]["validation"][judge]
+        optimism = paired(gains(row.crossed, picked, better=metric.better, compare=metric.compare))
+        flattered = optimism.mean > 0.0
+        sizes.append(
+            f"by {amount(optimism.mean, metric, sign=False)}" if flattered else "not at all"
+        )
+    return (
+        "picking and judging on the same rows had flattered the live curve "
+        f"{sizes[0]} and the average {sizes[1]}"
     )
-    clause = gain_clause(gain, metric, task.judge, when=when(task, "best"))
-    rosy = " Each was picked and judged on the same rows." if outcome.part == "validation" else ""
-    return f"{rule}, {clause}.{rosy}"
+
+
+def _edge(name: str, edge: str) -> list[str]:
+    if not edge:
+        return []
+    comparative = "longer" if edge == "longest" else "shorter"
+    return [f"{name} is the {edge} that was tried: a {comparative} one may be better."]
 
 
 def _pick(task: Task, outcome: Outcome) -> list[str]:
@@ -207,11 +349,11 @@ def _rival(task: Task, outcome: Outcome) -> list[str]:
     on_top = difference(task, outcome, DECAYED, f"{DECAYED} + {outcome.headline}")
     standing = {"better": "better", "worse": "worse", "uncertain": "neither better nor worse"}
     return [
-        "The rival, a learning rate decayed to zero over as many steps and no average: compared "
-        f"with the live weights, {gain_clause(alone, metric, judge, when=end)}.",
-        f"Compared with that rival {outcome.headline} is {standing[direct.finding]} "
-        f"({interval(direct, metric)}). "
-        f"Averaging on top of it: {gain_clause(on_top, metric, judge, when=end)}.",
+        "The rival decays its learning rate to zero over as many steps and keeps no average: "
+        f"against the live weights, {gain_clause(alone, metric, judge, when=end)}.",
+        f"Against that rival {outcome.headline} is {standing[direct.finding]} "
+        f"({interval(direct, metric)}).",
+        f"Averaging on top of the rival: {gain_clause(on_top, metric, judge, when=end)}.",
     ]
 
 
@@ -232,12 +374,17 @@ def _joined(task: Task, outcome: Outcome) -> list[str]:
     if not outcome.ensemble or len(outcome.stops) < 2:
         return []
     value = outcome.ensemble["stop"][task.judge]
-    live = outcome.figures(LIVE, "stop", task.judge)
-    own = outcome.figures(outcome.headline, "stop", task.judge)
+    count = len(outcome.stops)
+    alone, own = (
+        [v for v in outcome.figures(name, "stop", task.judge) if math.isfinite(v)]
+        for name in (LIVE, outcome.headline)
+    )
+    if not (alone and own and math.isfinite(value)):
+        return []
     return [
-        f"The ensemble of the {len(live)} live models reaches {task.judge} {value:.4g}, their mean "
-        f"alone is {sum(live) / len(live):.4g} and that of {outcome.headline} "
-        f"{sum(own) / len(own):.4g}; it costs {len(live)} trainings and {len(live)} predictions."
+        f"The ensemble of the {count} live models reaches {task.judge} {value:.4g}, their mean "
+        f"alone is {sum(alone) / len(alone):.4g} and that of {outcome.headline} "
+        f"{sum(own) / len(own):.4g}; it costs {count} trainings and {count} predictions."
     ]
 
 

@@ -54,6 +54,7 @@ def methods(steps: int) -> tuple[Method, ...]:
         ema(0.98),
         ema(0.99, refresh=True),
         ema(0.998, refresh=True),
+        ema(0.9995),
         ema(0.99, debias=False),
         article_ema(),
         power(0.05),

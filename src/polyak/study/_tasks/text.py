@@ -68,10 +68,10 @@ def wsd(done: float) -> float:
 
 
 def methods(steps: int) -> tuple[Method, ...]:
-    """EMAs of four lengths, windows from 1 to 50 % of the run, one capture every 25 steps."""
+    """EMAs of five lengths, windows from 1 to 50 % of the run, one capture every 25 steps."""
     shares = (0.01, 0.05, 0.10, 0.20, 0.50)
     return (
-        *(ema(decay) for decay in (0.98, 0.99, 0.995, 0.9975)),
+        *(ema(decay) for decay in (0.98, 0.99, 0.995, 0.9975, 0.99875)),
         ema(0.995, debias=False),
         article_ema(),
         power(0.05),
@@ -110,7 +110,12 @@ def text() -> Task:
         combine=mean_probabilities,
         short_epochs=10,
         notes=(
-            "The length of the EMA is chosen on 4000 held-out positions and judged on 4000 others.",
+            "The length of the EMA is chosen on 4000 held-out positions and judged on 4000 others. "
+            "They lie in between one another, so that their contexts of 8 characters overlap: the "
+            "choice is honest for this text, and says less than a fresh text would.",
+            "Help topics quote one another, so that part of the held-out text occurs in the "
+            "training text too: of its characters 27 % lie in a passage of 30 or more that does, "
+            "8 % in one of 120 or more. All methods gain from that alike.",
             "The rival holds its learning rate for 80 % of the run and then takes it to zero.",
         ),
     )
