@@ -376,12 +376,14 @@ class Engine:
 
     def live_changed_unseen(self) -> bool:
         """Whether live weights were written since construction, reset or load, with no update."""
-        if self.updates != self._watched_updates or self.loan is not None:
+        if self.updates != self._watched_updates:
             return False
+        if _lent_memory and _lent_memory & self.live_memory():
+            return False  # averaged weights, not trained ones
         if self.steps > self._watched_steps:
             return True
         versions = zip(self.entries, self._watched, strict=True)
-        if any(seen != version_of(e.live()) for e, seen in versions if e.kind != "buffer"):
+        if any(version_of(e.live()) > seen for e, seen in versions if e.kind != "buffer"):
             return True
         # Fused optimizers write without raising the version; the values show it.
         if self._equal_to_live and not self._still_equals_live():
@@ -421,8 +423,8 @@ class Engine:
             row.damage = ""
         self._equal_to_live = False
         self._watch()
-        if self.updates:  # what is written into the model now is its part of the same checkpoint
-            self._watched_updates = -1
+        if self.updates:  # one write more is the model's own part of the same checkpoint
+            self._watched = [version + 1 for version in self._watched]
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────
 

@@ -135,6 +135,11 @@ def unseen(engine: Engine) -> str:
             "the live weights have changed, but the optimizer that is followed never stepped: "
             "follow the one that trains this model"
         )
+    if engine.updates:
+        return (
+            "the live weights have changed since the average was loaded, but update was never "
+            "called: call update() or follow()"
+        )
     return (
         "the live weights have changed since the average was built, but update was never called: "
         "call update() or follow() (or reset() after loading weights)"
