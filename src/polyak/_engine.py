@@ -171,6 +171,8 @@ class Engine:
         self.seed = seed
         self.loan: Loan | None = None
         self.follower: Ticker | None = None
+        self._watched: list[int] = []  # versions of the live tensors when the watch began
+        self._watched_updates = self._watched_steps = 0
         self._device = None if device is None else check_device(device)
         self._dtype = dtype
         self.rows = [Row(s, [], [], Memory(), {}) for s in schedules]
