@@ -136,13 +136,6 @@ def inner_name(module: nn.Module) -> str | None:
     return None
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The innermost module of a stack of known wrappers."""
-    while (name := inner_name(module)) is not None:
-        module = cast(nn.Module, getattr(module, name))
-    return module
-
-
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Each module with its canonical prefix: wrappers recognised by type add nothing to a name.
 
