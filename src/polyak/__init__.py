@@ -10,6 +10,7 @@ from ._errors import MatchError as MatchError
 from ._errors import OrderError as OrderError
 from ._follow import Follower as Follower
 from ._identities import convert as convert
+from ._pairing import Coverage as Coverage
 from ._profiles import Profile as Profile
 from ._profiles import profile as profile
 from ._report import Report as Report
@@ -40,6 +41,7 @@ __all__ = [
     "AveragingWarning",
     "Cosine",
     "CountRamp",
+    "Coverage",
     "Exponential",
     "ExponentialRamp",
     "Follower",

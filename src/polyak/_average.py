@@ -1,6 +1,6 @@
 """Average, Averages and what they share: methods that make one call each into the rooms below."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, final
@@ -13,7 +13,9 @@ from ._applied import applied
 from ._engine import Engine, NonFinite, Rounding, check_memory_not_lent
 from ._errors import ArgumentError, OrderError
 from ._follow import Clock, Follower
+from ._module import averaged_module
 from ._norms import Forward, recompute
+from ._pairing import Coverage, Names
 from ._report import Report, report, unreached_caps, unseen
 from ._roles import (
     RoleOverride,
@@ -68,6 +70,7 @@ class Uses:
         self._ready("applied")
         with applied(self._engine, self._row):
             yield
+        self._engine.show()  # statistics that were recomputed inside
 
     def weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Fresh copies of the full set, ready for `load_state_dict(strict=True)`.
@@ -95,19 +98,99 @@ class Uses:
         copies = self._engine.loan is not None
         return MappingProxyType(tensor_state(self._engine, values, copies=copies))
 
-    def copy_to(self, module: nn.Module, *, share: float = 1.0) -> None:
+    def module(
+        self,
+        *,
+        factory: Callable[[], nn.Module] | None = None,
+        names: Names | None = None,
+        partial: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """A second module beside the live one whose weights are the average.
+
+        For teachers, target networks, evaluation beside training, export. Of the same class as the
+        (unwrapped) model, in evaluation mode also when a parent calls `train()`, without gradients.
+        It follows: after each update, load, reset or `refresh_norms` it shows the average as it is
+        then, and inside `applied()` it goes on showing the average.
+
+        Averaged tensors share the average's memory where dtype and device are those of the live
+        model: they cost nothing, and writing into them writes into the average. Elsewhere (bf16
+        weights with a float32 average, an average on another device) they are copies, made again
+        after each update; `dtype=torch.float32` makes a bf16 model's share. Frozen parameters
+        share the live model's memory; integer buffers and the like are copied from it. While such
+        a module is alive, `applied()` needs a copy of what it shares. A `copy.deepcopy` of it
+        stands still.
+
+        Args:
+            factory: a function that returns a module with the same names, for models that cannot
+                be deep-copied, another class, or an average of named tensors.
+            names: how the names of the factory's module differ; see `copy_to`.
+            partial: leave what the factory's module has beside them as it is; see `copy_to`.
+            dtype: of the real floating tensors, instead of the live dtype.
+
+        Raises:
+            ArgumentError: a model that cannot be copied, named tensors without a factory, a value
+                that the dtype cannot hold.
+            MatchError: names, shapes or kinds that do not belong together.
+            OrderError: inside `applied()`.
+
+        Examples:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> average = Average(model)
+            >>> teacher = average.module()
+            >>> type(teacher).__name__, teacher.training, teacher.weight.requires_grad
+            ('Linear', False, False)
+        """
+        self._ready("module")
+        return averaged_module(
+            self._engine,
+            self._row,
+            self._source if isinstance(self._source, nn.Module) else None,
+            factory=factory,
+            names=names,
+            partial=partial,
+            dtype=dtype,
+            before=self._refresh,
+        )
+
+    def copy_to(
+        self,
+        module: nn.Module,
+        *,
+        share: float = 1.0,
+        names: Names | None = None,
+        partial: bool = False,
+    ) -> Coverage:
         """Write the average into `module`: module += share * (average - module).
 
         With the default share the module gets the full set, integer buffers included; with less
         (Switch EMA, Lookahead) only averaged tensors move. The clock of the average and the state
         of an optimizer stay as they are.
 
+        Tensors are paired by name, all of them: what one side has and the other lacks is refused,
+        since a target network of which a part is never written goes stale unnoticed.
+
         Args:
             module: any module with the same names and shapes, also the live one.
             share: above 0, at most 1.
+            names: name here -> name in `module`, where they differ: a mapping (what it does not
+                list keeps its name) or a function; None as the new name leaves the tensor out.
+            partial: leave tensors without a partner as they are, on either side.
+
+        Returns:
+            Which names were paired, and which have no partner.
+
+        Raises:
+            ArgumentError: a share out of range, a value that the module's dtype cannot hold.
+            MatchError: unpaired names (unless `partial`), other shapes or kinds.
+
+        Examples:
+            >>> online, target = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+            >>> print(Average(online).copy_to(target))
+            2 tensors paired by name
         """
         self._ready("copy_to")
-        copy_to(self._engine, self._row, module, share)
+        return copy_to(self._engine, self._row, module, share=share, names=names, partial=partial)
 
     def report(self) -> Report:
         """Whether it works, and what it remembers: roles, memory, incidents, notes."""
@@ -144,6 +227,7 @@ class Uses:
         with nullcontext() if inside else self.applied():
             used, norms = recompute(self._source, batches, forward=forward, limit=limit)
         self._engine.rows[self._row].norms = norms
+        self._engine.show()
         return used
 
     def _rule(self) -> str:
@@ -307,6 +391,7 @@ class Average(Uses):
         """Start again from the live weights, at time `now` (None: where the clock stands)."""
         self._check_alone("reset")
         self._engine.reset(now)
+        self._engine.show()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: tensors (references), clock, schedule, counters, history.
@@ -350,6 +435,7 @@ class Average(Uses):
             live=live,
             on_mismatch=on_mismatch,
         )
+        self._engine.show()
 
     def _check_alone(self, action: str) -> None:
         if not self._alone:
@@ -459,6 +545,7 @@ class Averages(Mapping[str, Average]):
     def reset(self, *, now: float | None = None) -> None:
         """Start all of them again from the live weights."""
         self._engine.reset(now)
+        self._engine.show()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on with all of them; see `Average.state_dict`."""
@@ -484,6 +571,7 @@ class Averages(Mapping[str, Average]):
             live=live,
             on_mismatch=on_mismatch,
         )
+        self._engine.show()
 
 
 def refresh_norms(

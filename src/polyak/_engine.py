@@ -5,7 +5,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Literal, Protocol, get_args
@@ -171,6 +171,7 @@ class Engine:
         self.seed = seed
         self.loan: Loan | None = None
         self.follower: Ticker | None = None
+        self.views: dict[int, Callable[[], None]] = {}  # of modules that show an average
         self._watched: list[int] = []  # versions of the live tensors when the watch began
         self._watched_updates = self._watched_steps = 0
         self._device = None if device is None else check_device(device)
@@ -247,6 +248,7 @@ class Engine:
             self._doubts.append(doubt)
         for row in self.rows:
             row.damage = ""
+        self.show()
         self._warn_if_stalled(decays)  # last: a warning may be an error
         return decays
 
@@ -302,10 +304,12 @@ class Engine:
         Called at the next step and by all who read the clock: the host then waits for the device
         to have come as far as the step before, no further. The values need no correction.
         """
-        for doubt in reversed(self._doubts):
-            if doubt.was_skipped():
-                self._set_back(doubt)
+        skipped = [doubt for doubt in reversed(self._doubts) if doubt.was_skipped()]
+        for doubt in skipped:
+            self._set_back(doubt)
         self._doubts = []
+        if skipped:
+            self.show()  # recomputed statistics are valid again
 
     def _doubt(self, skip: Tensor) -> Doubt:
         before = [(replace(row.memory), row.norms) for row in self.rows]
@@ -318,6 +322,11 @@ class Engine:
             for row, (memory, norms) in zip(self.rows, doubt.rows, strict=True):
                 row.memory, row.norms = memory, norms
         self.steps -= 1
+
+    def show(self) -> None:
+        """Bring the modules that were handed out up to date."""
+        for view in list(self.views.values()):
+            view()
 
     def copy_live(self) -> None:
         """Set every average to the live weights."""

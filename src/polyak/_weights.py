@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from ._engine import (
     kind,
 )
 from ._errors import ArgumentError, AveragingWarning, MatchError
-from ._roles import Entry, Inventory, take_inventory
+from ._pairing import Coverage, Names, pair
+from ._roles import Entry, take_inventory
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def full_set(engine: Engine, row: int = 0, dtype: torch.dtype | None = None) -> 
     for name, index in engine.inventory.order:
         if index not in copies:
             entry = engine.inventory.entries[index]
-            source = _source(engine, entry, averages, norms)
+            source = value_of(engine, entry, averages, norms)
             live = entry.live()
             target = dtype if dtype is not None and live.is_floating_point() else live.dtype
             check_fits(source, target, name)
@@ -45,9 +46,10 @@ def full_set(engine: Engine, row: int = 0, dtype: torch.dtype | None = None) -> 
     return result
 
 
-def _source(
-    engine: Engine, entry: Entry, averages: list[Tensor], norms: Mapping[str, Tensor]
+def value_of(
+    engine: Engine, entry: Entry, averages: Sequence[Tensor], norms: Mapping[str, Tensor]
 ) -> Tensor:
+    """Where the value of one tensor of the full set can be read right now."""
     if entry.name in norms:
         return norms[entry.name]
     if entry.role == "average":
@@ -59,7 +61,15 @@ def _source(
 
 
 @torch.no_grad()
-def copy_to(engine: Engine, row: int, module: nn.Module, share: float) -> None:
+def copy_to(
+    engine: Engine,
+    row: int,
+    module: nn.Module,
+    *,
+    share: float = 1.0,
+    names: Names | None = None,
+    partial: bool = False,
+) -> Coverage:
     """Move `module` towards the average by `share`; at 1 it becomes the average's full set.
 
     Names, shapes and kinds are compared before anything is written.
@@ -68,46 +78,24 @@ def copy_to(engine: Engine, row: int, module: nn.Module, share: float) -> None:
         raise ArgumentError(f"share must be above 0 and at most 1, got {share!r}.")
     target = take_inventory(module)
     check_memory_not_lent((entry.live() for entry in target.entries), "copy_to")
-    _check_targets(engine.inventory, target)
+    coverage, pairs = pair(engine.inventory, target, names=names, partial=partial)
     averages, norms = engine.values(row), engine.rows[row].norms
     moves = [
-        (
-            entry,
-            target.entries[target.index[entry.name]].live(),
-            _source(engine, entry, averages, norms),
-        )
-        for entry in engine.inventory.entries
+        (entry, other.live(), value_of(engine, entry, averages, norms))
+        for entry, other in pairs
+        if entry.role == "average" or share == 1.0
     ]
     for entry, there, source in moves:
-        if entry.role == "average" or share == 1.0:
-            check_fits(source, there.dtype, entry.name)
+        check_fits(source, there.dtype, entry.name)
     for entry, there, source in moves:
         if entry.role == "average":
             if kernels.overlaps_itself(there):
                 kernels.write_(there, there.clone().lerp_(source.to(there), share))
             else:
                 kernels.lerp_(there, source, share)
-        elif share == 1.0 and there is not source:
+        elif there is not source:
             kernels.write_(there, source)
-
-
-def _check_targets(ours: Inventory, theirs: Inventory) -> None:
-    missing = sorted(set(ours.index) - set(theirs.index))
-    extra = sorted(set(theirs.index) - set(ours.index))
-    if missing or extra:
-        raise MatchError(
-            "the average and the module must hold the same tensors, "
-            f"got {len(missing)} only in the average {missing[:3]} "
-            f"and {len(extra)} only in the module {extra[:3]}. Pass a module of the same class."
-        )
-    for name, index in ours.index.items():
-        mine = ours.entries[index].live()
-        there = theirs.entries[theirs.index[name]].live()
-        if mine.shape != there.shape or kind(mine) != kind(there):
-            raise MatchError(
-                f"{name!r} must have one shape and kind, got {list(mine.shape)} {mine.dtype} in "
-                f"the average and {list(there.shape)} {there.dtype} in the module."
-            )
+    return coverage
 
 
 @torch.no_grad()

@@ -108,6 +108,8 @@ class Window(Uses):
         if due:
             self._capture(time)
         engine.commit(time)
+        if due:
+            engine.show()
         return due
 
     def follow(self, *optimizers: Optimizer, every: int = 1, now: Clock | None = None) -> Follower:
@@ -127,6 +129,7 @@ class Window(Uses):
         """Forget all captures; start again from the live weights."""
         self._engine.reset(now)
         self._ring, self._times, self._stale = [], [], False
+        self._engine.show()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, all captures included; see `Average.state_dict`."""
@@ -167,6 +170,7 @@ class Window(Uses):
                     target.copy_(captured[entry.name])
         self._times, self._stale = times, bool(ring)
         self._engine.rows[0].damage = ""
+        self._engine.show()
 
     def _checked(self, state: Mapping[str, Any]) -> tuple[list[Mapping[str, Tensor]], list[float]]:
         """Captures and their times from a state that fits this window."""
