@@ -86,3 +86,55 @@ def test_a_run_in_two_halves_is_the_whole_run(
     a, b = (polyak.load_weights(folder / "averaged.safetensors") for folder in (halves, whole))
     assert list(differences(a, b)) == []
     assert sorted(p.name for p in halves.iterdir()) == ["averaged.safetensors", "last.pt"]
+
+
+def test_mean_teacher_short_run_compares_three_arms(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two seeds and few steps: every arm learns, and the table has a row a seed."""
+    example = load("mean_teacher", monkeypatch)
+    gains = example.main(seeds=(0, 1), steps=60)
+    assert [g.over for g in gains] == [
+        "supervised",
+        "supervised, averaged",
+        "own teacher, averaged",
+    ]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:5]]
+    assert [int(row[0]) for row in rows] == [0, 1]
+    scores = torch.tensor([[float(cell) for cell in row[1:]] for row in rows])
+    assert scores.shape == (2, 6)
+    assert bool((scores > 60.0).all())  # chance is 10; 40 labels alone give about 85
+    # The gains are those of the table: the teacher over the first, second and fourth column.
+    means = (scores[:, 5:] - scores[:, [0, 1, 3]]).mean(dim=0)
+    for found, mean in zip(gains, means.tolist(), strict=True):
+        assert found.mean == pytest.approx(mean, abs=0.11)  # the table has one digit
+        assert found.low < found.mean < found.high
+
+
+def test_mean_teacher_interval_is_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differences 1, 2, 3: mean 2, deviation 1, and t(0.975, 2) = 4.30265 times 1 / sqrt(3)."""
+    found = load("mean_teacher", monkeypatch).gain("it", [11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (2.0, 2.0 - 4.302653 / 3**0.5, 2.0 + 4.302653 / 3**0.5), abs=1e-6
+    )
+
+
+def test_target_networks_find_the_true_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soft or hard, what is learned is what value iteration says; the example asserts it too."""
+    example = load("target_network", monkeypatch)
+    true = example.true_values()
+    # By hand: beside the goal 1, one step more costs a factor 0.9, into the pit -1.
+    best = true[example.FREE].amax(dim=1).reshape(-1)
+    expected = [0.81, 0.9, 1.0, 0.729, 0.9, 0.6561, 0.729, 0.81, 0.729]
+    assert best.tolist() == pytest.approx(expected)
+    assert true.min() == -1.0
+    errors = example.main()
+    assert set(errors) == {"soft", "hard"}
+    assert max(errors.values()) < 0.02
+
+
+def test_feedback_calms_the_live_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lookahead by what its closed form says; the example asserts that Adam's moments stay."""
+    ratios = load("feedback", monkeypatch).main()
+    assert ratios["Lookahead"] == pytest.approx(0.44297, rel=0.03)
+    assert all(ratio < 1.0 for ratio in ratios.values())

@@ -67,7 +67,7 @@ class _Lender:
         swapped: list[tuple[Tensor, Tensor]] = []
         self._copies: list[tuple[_Live, Tensor | None]] = []  # live, and what it is to hold
         for entry in engine.inventory.entries:
-            if entry.role == "live" and entry.kind != "buffer":
+            if (entry.role == "live" and entry.kind != "buffer") or entry.is_gone():
                 continue
             live = _Live(entry)
             slot = engine.slots.get(entry.name)

@@ -68,9 +68,14 @@ class Uses:
             ...     y = model(torch.ones(1, 2))
         """
         self._ready("applied")
-        with applied(self._engine, self._row):
-            yield
-        self._engine.show()  # statistics that were recomputed inside
+        row = self._engine.rows[self._row]
+        norms = row.norms
+        try:
+            with applied(self._engine, self._row):
+                yield
+        finally:
+            if row.norms is not norms:  # recomputed inside
+                self._engine.show()
 
     def weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Fresh copies of the full set, ready for `load_state_dict(strict=True)`.
@@ -113,20 +118,23 @@ class Uses:
         It follows: after each update, load, reset or `refresh_norms` it shows the average as it is
         then, and inside `applied()` it goes on showing the average.
 
-        Averaged tensors share the average's memory where dtype and device are those of the live
+        Averaged parameters share the average's memory where dtype and device are those of the live
         model: they cost nothing, and writing into them writes into the average. Elsewhere (bf16
         weights with a float32 average, an average on another device) they are copies, made again
-        after each update; `dtype=torch.float32` makes a bf16 model's share. Frozen parameters
-        share the live model's memory; integer buffers and the like are copied from it. While such
-        a module is alive, `applied()` needs a copy of what it shares. A `copy.deepcopy` of it
-        stands still.
+        after each update; `dtype=torch.float32` makes a bf16 model's share. Buffers are always
+        such copies, since a forward pass may write them. Frozen parameters share the live model's
+        memory. What is no tensor is as it was at the call. While such a module is alive,
+        `applied()` needs a copy of what it shares.
+
+        A `copy.deepcopy` of it stands still, and is an ordinary module that `train()` wakes.
 
         Args:
             factory: a function that returns a module with the same names, for models that cannot
                 be deep-copied, another class, or an average of named tensors.
             names: how the names of the factory's module differ; see `copy_to`.
             partial: leave what the factory's module has beside them as it is; see `copy_to`.
-            dtype: of the real floating tensors, instead of the live dtype.
+            dtype: of the real floating tensors, instead of the live dtype; what it can hold is
+                checked now, not at each update.
 
         Raises:
             ArgumentError: a model that cannot be copied, named tensors without a factory, a value

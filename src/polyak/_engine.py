@@ -171,7 +171,9 @@ class Engine:
         self.seed = seed
         self.loan: Loan | None = None
         self.follower: Ticker | None = None
+        self.jumps = 0  # how often the clock was set: by construction, reset and load
         self.views: dict[int, Callable[[], None]] = {}  # of modules that show an average
+        self.watchers: dict[int, Callable[[], None]] = {}  # called after each update
         self._watched: list[int] = []  # versions of the live tensors when the watch began
         self._watched_updates = self._watched_steps = 0
         self._device = None if device is None else check_device(device)
@@ -188,6 +190,7 @@ class Engine:
     # ── the clock ────────────────────────────────────────────────────────────────────────────────
 
     def _start_clock(self, now: float) -> None:
+        self.jumps += 1
         self.origin = self.now = now
         self.updates = 0
         self.history = History()
@@ -249,6 +252,8 @@ class Engine:
         for row in self.rows:
             row.damage = ""
         self.show()
+        for watch in list(self.watchers.values()):
+            watch()
         self._warn_if_stalled(decays)  # last: a warning may be an error
         return decays
 
@@ -258,6 +263,14 @@ class Engine:
         for row in self.rows:
             check_undamaged(row)
         self._follow_live()
+        self.check_shown()
+
+    def check_shown(self) -> None:
+        """Where a module shows all of the live model, raise `MatchError` unless all is there."""
+        if self.views:
+            for entry in self.inventory.entries:
+                if not entry.is_gone():
+                    entry.live()
 
     def check_finite(self, rows: Sequence[Row]) -> None:
         """Raise `ArgumentError` where `fold` would hold elements back, if that was asked for."""
@@ -342,6 +355,7 @@ class Engine:
         self.check_not_lent("reset")
         at = self.now if now is None else check_time(now)
         self._follow_live()
+        self.check_shown()
         self._start_clock(at)
         self.copy_live()
 
@@ -401,6 +415,11 @@ class Engine:
             self._equal_to_live, self._differs = False, True
         return self._differs
 
+    def note_own_write(self) -> None:
+        """Take what the live weights are now for seen: an average was written into them."""
+        self._watched = [version_of(entry.live()) for entry in self.entries]
+        self._equal_to_live = False
+
     @torch.no_grad()
     def _still_equals_live(self) -> bool:
         for entry, tensor in zip(self.entries, self.rows[0].tensors, strict=True):
@@ -424,6 +443,7 @@ class Engine:
         self, origin: float, now: float, updates: int, steps: int, history: History
     ) -> None:
         """Set the clock as it was saved."""
+        self.jumps += 1
         self._doubts = []
         self.origin, self.now, self.updates, self.steps = origin, now, updates, steps
         self.history = history

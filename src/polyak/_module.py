@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._engine import Engine, check_dtype, check_fits, plain
+from ._engine import Engine, check_dtype, check_fits, check_undamaged, plain
 from ._errors import ArgumentError, OrderError
 from ._pairing import Names, pair
-from ._roles import Entry, Inventory, inner_name, take_inventory, walk
+from ._roles import Entry, Inventory, inner_name, may_hold_anything, take_inventory, walk
 from ._weights import value_of
 
 
@@ -25,6 +25,7 @@ def averaged_module(
     names: Names | None = None,
     partial: bool = False,
     dtype: torch.dtype | None = None,
+    share_buffers: bool = False,
     before: Callable[[], None],
 ) -> nn.Module:
     """Return a module in evaluation mode that shows the average, now and after every update.
@@ -37,6 +38,8 @@ def averaged_module(
         names: how the names of the factory's module differ, see `pair`.
         partial: whether it may have more or less than the average.
         dtype: of the real floating tensors, instead of the live one.
+        share_buffers: whether averaged buffers share the average's memory too. Then a layer that
+            writes one in evaluation mode writes into the average.
         before: brings the stored average up to date, where it is computed on demand.
     """
     if engine.loan is not None:
@@ -46,19 +49,25 @@ def averaged_module(
         )
     if dtype is not None:
         check_dtype(dtype)
-    view = _View(engine, row, dtype, before)
-    module = (
-        _copy_of(model, view)
-        if factory is None
-        else _filled(factory, view, names=names, partial=partial)
-    )
+    if factory is None and (names is not None or partial):
+        raise ArgumentError(
+            "names and partial must come with a factory: a copy of the model has its names."
+        )
+    view = _View(engine, row, dtype, share_buffers, before)
+    with torch.inference_mode(False):  # what is made here must serve outside too
+        module = (
+            _copy_of(model, view)
+            if factory is None
+            else _filled(factory, view, names=names, partial=partial)
+        )
     for part in module.modules():
         part.training = False
         # Else the `train()` of a parent, which it calls on all its children, would undo this.
-        part.__dict__["train"] = MethodType(_train, part)
+        part.__dict__["train"] = _StayInEval(part)
         for parameter in part._parameters.values():
-            if parameter is not None and not _is_of_its_own_kind(parameter):
+            if parameter is not None:
                 parameter.requires_grad_(False)
+    view.update()
     engine.views[id(view)] = view.update
     # The module is what people hold: when they drop it, nothing is left to bring up to date.
     weakref.finalize(module, _forget, weakref.ref(engine), id(view)).atexit = False
@@ -71,107 +80,133 @@ def _forget(engine: "weakref.ref[Engine]", key: int) -> None:
         alive.views.pop(key, None)
 
 
-def _named_train() -> Callable[[nn.Module, bool], nn.Module]:
-    # Pickle looks a bound method up by its function's name: under this one a module that was
-    # pickled with it loads where polyak is not installed.
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        """Return the module unchanged: an averaged module stays in evaluation mode."""
-        return self
+class _StayInEval:
+    """In the place of a module's `train`: nothing changes.
 
-    return train
+    A copy or a pickle of the module is an ordinary module again. The module is held weakly: in a
+    cycle with itself its memory would wait for the garbage collector.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        self._part = weakref.ref(part)
+
+    def __call__(self, mode: bool = True) -> nn.Module | None:
+        return self._part()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        part = self._part()
+        copied = memo.get(id(part))
+        return self if part is None or copied is None else MethodType(type(part).train, copied)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._part(), "train")
 
 
-_train = _named_train()
+# ── which tensor shows what ──────────────────────────────────────────────────────────────────────
 
 
 class _View:
     """The tensors of an averaged module, and what each of them shows."""
 
     def __init__(
-        self, engine: Engine, row: int, dtype: torch.dtype | None, before: Callable[[], None]
+        self,
+        engine: Engine,
+        row: int,
+        dtype: torch.dtype | None,
+        share_buffers: bool,
+        before: Callable[[], None],
     ) -> None:
         self._engine, self._row, self._dtype, self._before = engine, row, dtype, before
-        self._shown: dict[int, tuple[Entry, Tensor]] = {}  # by id of the entry
-        self._places: dict[int, int] = {}  # address at which we made a tensor share memory
-        self._check_range()
+        self._share_buffers = share_buffers
+        self._made: dict[tuple[int, bool], Tensor] = {}  # by id of the entry, and as what
+        # Where each stands in the module: `to`, `half` and the like put new buffers there.
+        self._places: list[tuple[Entry, dict[str, Any], str]] = []
+        self._shared_at: dict[int, int] = {}  # the address at which we made it share memory
+        check_undamaged(engine.rows[row])
+        for entry in self.inventory.entries:
+            if not (entry.is_gone() or may_hold_anything(entry.live())):
+                check_fits(self._value(entry), self._wanted(entry.live())[0], entry.name)
 
     @property
     def inventory(self) -> Inventory:
         """Every tensor of the live model."""
         return self._engine.inventory
 
-    def entry(self, name: str) -> Entry:
-        """The live tensor of that canonical name."""
-        return self.inventory.entries[self.inventory.index[name]]
-
-    def _check_range(self) -> None:
-        averages, norms = self._engine.values(self._row), self._engine.rows[self._row].norms
-        for entry in self._engine.entries:
-            value = value_of(self._engine, entry, averages, norms)
-            check_fits(value, self._wanted(entry.live())[0], entry.name)
-
-    def _wanted(self, live: Tensor) -> tuple[torch.dtype, torch.device]:
-        real = self._dtype is not None and live.is_floating_point()
-        return (self._dtype if real and self._dtype else live.dtype), live.device
-
     def tensor(self, entry: Entry, *, parameter: bool) -> Tensor:
-        """The one tensor of the module that stands for `entry`, made at the first call."""
-        if id(entry) not in self._shown:
-            self._shown[id(entry)] = entry, self._make(entry, parameter)
-        return self._shown[id(entry)][1]
+        """The tensor of the module that stands for `entry`, made at the first call."""
+        key = id(entry), parameter  # a buffer over a parameter's memory is both
+        if key not in self._made:
+            self._made[key] = self._make(entry, parameter)
+        return self._made[key]
+
+    def place(self, entry: Entry, owner: dict[str, Any], key: str) -> None:
+        """Note where in the module that tensor stands."""
+        self._places.append((entry, owner, key))
 
     def _make(self, entry: Entry, parameter: bool) -> Tensor:
         live, value = entry.live(), self._value(entry)
-        if entry.role == "live" and _is_of_its_own_kind(live):
-            return live  # a quantised base: only its library could make another, and it never moves
+        if entry.role == "live" and may_hold_anything(live):
+            # A quantised base, say: its memory cannot be told from outside, but it is frozen.
+            data = live.detach()
+            if type(data) is not type(live):
+                return live
+            return nn.Parameter(data, requires_grad=False) if parameter else data
         dtype, device = self._wanted(live)
         shared = self._shares(entry) and (value.dtype, value.device) == (dtype, device)
-        with torch.inference_mode(False):
-            data = plain(value) if shared else plain(value).to(device, dtype, copy=True)
-            made = nn.Parameter(data, requires_grad=False) if parameter else data
+        data = plain(value) if shared else value.detach().to(device, dtype, copy=True)
         if shared:
-            self._places[id(entry)] = made.data_ptr()
-        return made
+            self._shared_at[id(entry)] = data.data_ptr()
+        return nn.Parameter(data, requires_grad=False) if parameter else data
 
-    @staticmethod
-    def _shares(entry: Entry) -> bool:
-        """Whether memory may be shared; not with live buffers, which a forward pass may write."""
-        return entry.role == "average" or entry.kind == "parameter"
+    def _wanted(self, live: Tensor) -> tuple[torch.dtype, torch.device]:
+        """Dtype and device of a tensor of the module."""
+        if self._dtype is not None and live.is_floating_point():
+            return self._dtype, live.device
+        return live.dtype, live.device
+
+    def _shares(self, entry: Entry) -> bool:
+        """Whether its memory may be shared. A forward pass may write buffers, so theirs is not."""
+        if entry.live().layout != torch.strided:
+            return False
+        return entry.kind != "buffer" or (entry.role == "average" and self._share_buffers)
 
     def _value(self, entry: Entry) -> Tensor:
         row = self._engine.rows[self._row]
         return value_of(self._engine, entry, row.tensors, row.norms)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self) -> None:
         """Show the average as it is now: memory that is shared already does, the rest is copied."""
         if self._engine.loan is not None:
             return  # its memory is lent; the end of the loan calls again
         self._before()
-        behind: list[tuple[Tensor, Tensor]] = []
-        for key, (entry, shown) in self._shown.items():
+        copies: list[tuple[Tensor, Tensor]] = []
+        for entry, owner, key in self._places:
+            shown = owner.get(key)
+            if shown is None or entry.is_gone():
+                continue  # a cache that was dropped, here or there
             value = self._value(entry)
-            if shown is value:
+            if may_hold_anything(value):
                 continue
-            if self._shares(entry) and self._may_share(key, shown, value):
+            if self._shares(entry) and self._may_share(entry, shown, value):
                 if shown.data_ptr() != value.data_ptr():
                     shown.data = plain(value)
-                    self._places[key] = shown.data_ptr()
-            elif shown.shape == value.shape:
-                behind.append((shown, value))
-            else:  # a live buffer that was resized
-                shown.data = plain(value).to(shown.device, shown.dtype, copy=True)
-        if behind:
-            torch._foreach_copy_([plain(shown) for shown, _ in behind], [v for _, v in behind])
+                    self._shared_at[id(entry)] = shown.data_ptr()
+            elif shown.shape != value.shape:  # a buffer that was resized
+                owner[key] = value.detach().to(shown.device, shown.dtype, copy=True)
+            elif value.layout != torch.strided:
+                shown.copy_(value)
+            else:
+                copies.append((plain(shown), plain(value)))
+        if copies:
+            torch._foreach_copy_([shown for shown, _ in copies], [value for _, value in copies])
 
-    def _may_share(self, key: int, shown: Tensor, value: Tensor) -> bool:
+    def _may_share(self, entry: Entry, shown: Tensor, value: Tensor) -> bool:
         """Where dtype and device agree, and where we shared before and the average has moved."""
-        alike = (shown.dtype, shown.device) == (value.dtype, value.device)
-        return alike or (shown.data_ptr() == self._places.get(key) and shown.dtype == value.dtype)
-
-
-def _is_of_its_own_kind(tensor: Tensor) -> bool:
-    return type(tensor) not in (Tensor, nn.Parameter) and not tensor.requires_grad
+        if shown.dtype != value.dtype:
+            return False
+        return shown.device == value.device or shown.data_ptr() == self._shared_at.get(id(entry))
 
 
 # ── a module to show them in ─────────────────────────────────────────────────────────────────────
@@ -197,7 +232,10 @@ def _copy_of(model: nn.Module | None, view: _View) -> nn.Module:
         model = model.get_submodule(inner)
     memo: dict[int, Any] = {}
     for name, _, _, tensor in _places(model):
-        memo[id(tensor)] = view.tensor(view.entry(name), parameter=isinstance(tensor, nn.Parameter))
+        index = view.inventory.index.get(name)
+        if index is not None:  # None: a non-persistent buffer that came later, copied like the rest
+            entry = view.inventory.entries[index]
+            memo[id(tensor)] = view.tensor(entry, parameter=isinstance(tensor, nn.Parameter))
     for part in model.modules():
         for value in part.__dict__.values():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -207,7 +245,7 @@ def _copy_of(model: nn.Module | None, view: _View) -> nn.Module:
             elif _is_process_group(value):
                 memo[id(value)] = value  # one for all modules of a process
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except MemoryError:
         raise
     except Exception as error:
@@ -215,6 +253,19 @@ def _copy_of(model: nn.Module | None, view: _View) -> nn.Module:
             f"the model must be one that copy.deepcopy can copy, got {type(model).__name__} "
             f"({error}). Pass a function that builds it: module(factory=lambda: Net())."
         ) from error
+    _check_new(copied, model, "the model must be one that copy.deepcopy can copy")
+    for name, owner, key, tensor in _places(copied):
+        index = view.inventory.index.get(name)
+        if index is not None:
+            entry = view.inventory.entries[index]
+            if tensor is not view.tensor(entry, parameter=isinstance(tensor, nn.Parameter)):
+                raise ArgumentError(
+                    f"the model must be one that copy.deepcopy can copy, got {name!r} in a layer "
+                    "that is built anew by a __deepcopy__ of its own. Pass a function that builds "
+                    "the model: module(factory=lambda: Net())."
+                )
+            view.place(entry, owner, key)
+    return copied
 
 
 def _is_process_group(value: object) -> bool:
@@ -225,14 +276,21 @@ def _filled(
     factory: Callable[[], nn.Module], view: _View, *, names: Names | None, partial: bool
 ) -> nn.Module:
     """The factory's module with our tensors in the places of its own."""
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise ArgumentError(
+            f"factory must be a function that returns a module, got {type(factory).__name__}. Pass "
+            "module(factory=lambda: Net()); to write into a module you have, use copy_to."
+        )
     module = factory()
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"factory must return a module, got {type(module).__name__}.")
-    target = take_inventory(module)
+    target = take_inventory(module, may_be_meta=True)  # ours take the places of all its tensors
     _, pairs = pair(view.inventory, target, names=names, partial=partial)
+    if view.inventory.model is not None:
+        _check_new(module, view.inventory.model, "factory must return a new module")
     if any(mine.live() is there.live() for mine, there in pairs):
         raise ArgumentError(
-            "factory must return a new module, got one that holds the live model's own tensors. "
+            "factory must return a new module, got one that holds the live tensors themselves. "
             "Build it anew: module(factory=lambda: Net())."
         )
     partner = {id(there): mine for mine, there in pairs}
@@ -240,4 +298,32 @@ def _filled(
         mine = partner.get(id(target.entries[target.index[name]]))
         if mine is not None:
             owner[key] = view.tensor(mine, parameter=isinstance(tensor, nn.Parameter))
+            view.place(mine, owner, key)
+        elif tensor.device.type == "meta":
+            raise ArgumentError(
+                f"factory must return a module with data, got {name!r} on the meta device and "
+                "nothing in the average for it. Build it on a real device."
+            )
+    _copy_extra_state(view.inventory, target)
     return module
+
+
+def _check_new(module: nn.Module, model: nn.Module, rule: str) -> None:
+    """Refuse a module with parts of the live one: they would be frozen with it."""
+    parts = {id(part) for part in model.modules()}
+    tensors = {id(tensor) for _, _, _, tensor in _places(model) if not may_hold_anything(tensor)}
+    shared = [name for name, part in module.named_modules() if id(part) in parts]
+    shared += [name for name, _, _, tensor in _places(module) if id(tensor) in tensors]
+    if shared:
+        raise ArgumentError(
+            f"{rule}, got one that holds the live model's own {shared[0] or 'self'!r}. "
+            "Pass a function that builds it anew: module(factory=lambda: Net())."
+        )
+
+
+def _copy_extra_state(ours: Inventory, theirs: Inventory) -> None:
+    """What modules keep beside tensors, as it is now."""
+    live = dict(ours.extras)
+    for name, module in theirs.extras:
+        if name in live:
+            module.set_extra_state(copy.deepcopy(live[name].get_extra_state()))

@@ -57,19 +57,25 @@ def pair(
         MatchError: unpaired tensors, unless `partial`; other shapes or kinds; nothing paired; two
             tensors of the average for one of the module.
     """
-    rename = _renaming(names)
+    rename = _renaming(names, ours)
     pairs: list[tuple[str, str]] = []
-    alone: list[str] = []
     tensors: dict[tuple[int, int], tuple[Entry, Entry]] = {}
     taken: dict[int, int] = {}
+    left_out: set[int] = set()
     for name, index in ours.index.items():
         there = rename(name)
+        if not isinstance(there, str | None):
+            raise ArgumentError(
+                f"names must lead to a name, or to None to leave {name!r} out, got {there!r}."
+            )
+        target = None if there is None else theirs.index.get(there)
         if there is None:
+            left_out.add(index)
+        if there is None or target is None:
             continue
-        if there not in theirs.index:
-            alone.append(name)
+        mine, other = ours.entries[index], theirs.entries[target]
+        if not (mine.persistent and other.persistent) and not _are_alike(mine, other):
             continue
-        target = theirs.index[there]
         if taken.setdefault(target, index) != index:
             raise MatchError(
                 f"{there!r} must have one partner in the average, got "
@@ -77,12 +83,12 @@ def pair(
                 "Tie the tensors of the average too, or untie those of the module."
             )
         pairs.append((name, there))
-        tensors[index, target] = ours.entries[index], theirs.entries[target]
-    covered = {there for _, there in pairs}
+        tensors[index, target] = mine, other
+    # A tied tensor that found its partner under one of its names is not alone under the others.
+    # Nor is a non-persistent buffer missed, which no checkpoint holds.
+    found = {index for index, _ in tensors} | left_out
     coverage = Coverage(
-        tuple(pairs),
-        tuple(sorted(alone)),
-        tuple(sorted(name for name in theirs.index if name not in covered)),
+        tuple(pairs), _alone(ours, found), _alone(theirs, {target for _, target in tensors})
     )
     _check(coverage, partial=partial)
     for mine, other in tensors.values():
@@ -90,10 +96,22 @@ def pair(
     return coverage, list(tensors.values())
 
 
-def _renaming(names: Names | None) -> Callable[[str], str | None]:
+def _alone(inventory: Inventory, paired: set[int]) -> tuple[str, ...]:
+    names = inventory.index.items()
+    entries = inventory.entries
+    return tuple(sorted(n for n, i in names if i not in paired and entries[i].persistent))
+
+
+def _renaming(names: Names | None, ours: Inventory) -> Callable[[str], str | None]:
     if names is None:
         return lambda name: name
     if isinstance(names, Mapping):
+        unknown = sorted(set(names) - set(ours.index))
+        if unknown:
+            raise ArgumentError(
+                f"names must rename tensors of the average, got {unknown[:3]}, which it has not. "
+                f"It has {list(ours.index)[:3]} and {max(0, len(ours.index) - 3)} more."
+            )
         return lambda name: names.get(name, name)
     if not callable(names):
         raise ArgumentError(
@@ -120,9 +138,16 @@ def _check(coverage: Coverage, *, partial: bool) -> None:
         )
 
 
-def _check_alike(entry: Entry, other: Entry) -> None:
+def _are_alike(entry: Entry, other: Entry) -> bool:
+    if entry.is_gone() or other.is_gone():
+        return False
     mine, there = entry.live(), other.live()
-    if mine.shape != there.shape or kind(mine) != kind(there):
+    return mine.shape == there.shape and kind(mine) == kind(there)
+
+
+def _check_alike(entry: Entry, other: Entry) -> None:
+    if not _are_alike(entry, other):
+        mine, there = entry.live(), other.live()
         raise MatchError(
             f"{entry.name!r} must have one shape and kind, got {list(mine.shape)} {mine.dtype} in "
             f"the average and {list(there.shape)} {there.dtype} in the module ({other.name!r})."

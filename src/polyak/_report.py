@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._engine import Engine, show_time
-from ._schedules import CountRamp
+from ._schedules import After, CountRamp
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,14 @@ def unreached_caps(engine: Engine, row: int) -> list[str]:
     """Name a `CountRamp` cap that is still out of reach: until then every cap is the same."""
     schedule = engine.rows[row].schedule
     so_far = engine.now - engine.origin
+    while isinstance(schedule, After):
+        so_far -= schedule.start
+        schedule = schedule.schedule
     if not isinstance(schedule, CountRamp) or not 0 < so_far < schedule.saturation:
         return []
     return [
-        f"{schedule!r} reaches its decay only at {schedule.saturation:,.0f}; up to "
+        f"{schedule!r} reaches its decay only at "
+        f"{engine.now - engine.origin - so_far + schedule.saturation:,.0f}; up to "
         f"now ({show_time(engine.now)}) any larger decay would give the same average"
     ]
 

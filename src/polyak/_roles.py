@@ -54,6 +54,10 @@ class Entry:
     aliases: tuple[str, ...] = ()
     pinned: Tensor | None = None  # a parameter must stay the same object: optimizers hold it
 
+    def is_gone(self) -> bool:
+        """Whether it is a cache that was dropped: no checkpoint holds it, so it may be missing."""
+        return not self.persistent and self.owner.get(self.key) is None
+
     def live(self) -> Tensor:
         """The live tensor as it is now; `MatchError` when it is gone or was replaced."""
         tensor = self.owner.get(self.key)
@@ -107,6 +111,8 @@ class Inventory:
         places = {raw.name: raw for raw in found}
         for entry in self.entries:
             raw = places.get(entry.name)
+            if raw is None and entry.is_gone():
+                continue
             if raw is None or (entry.pinned is not None and raw.tensor is not entry.pinned):
                 what = "no such tensor" if raw is None else "another parameter object"
                 raise MatchError(_replaced(entry.name, what))
@@ -154,6 +160,7 @@ def take_inventory(
     include: Selector | None = None,
     exclude: Selector | None = None,
     roles: RoleOverride | None = None,
+    may_be_meta: bool = False,
 ) -> Inventory:
     """List every tensor of `source` with its role; refuse what no average can be made of.
 
@@ -164,6 +171,7 @@ def take_inventory(
         exclude: these stay live; the same forms.
         roles: the last word: patterns to "average" or "live", or a function that returns one of
             these, or None for the usual rule.
+        may_be_meta: whether tensors without data are taken too.
 
     Raises:
         ArgumentError: a pattern that matches nothing; an integer or exotic tensor that is asked to
@@ -177,6 +185,9 @@ def take_inventory(
     tied: dict[object, list[_Raw]] = {}  # one tensor, all the places it was met at
     for raw in found:
         tied.setdefault(_identity(raw), []).append(raw)
+    if not may_be_meta:
+        for raw in found:
+            _check_has_data(raw)
     assign = _assigner(include, exclude, roles, [raw.name for raw in found])
     entries = [assign(raws) for raws in tied.values()]
     position = {raw.name: i for i, raws in enumerate(tied.values()) for raw in raws}
@@ -216,6 +227,11 @@ def _of_module(model: nn.Module) -> tuple[list[_Raw], list[tuple[str, nn.Module]
     found: list[_Raw] = []
     extras: list[tuple[str, nn.Module]] = []
     for prefix, module in walk(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ArgumentError(
+                f"the model must be of Python modules, got the scripted {prefix or 'model'!r}, "
+                "whose tensors have no identity. Average the module that was scripted."
+            )
         units = _unit_norm_buffers(module)
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -288,7 +304,7 @@ def _unit_norm_buffers(module: nn.Module) -> set[str]:
 def _identity(raw: _Raw) -> object:
     """What two names must share to be one tensor: the object, or the very same memory."""
     tensor = raw.tensor
-    if nn.parameter.is_lazy(tensor) or _may_hold_anything(tensor):
+    if nn.parameter.is_lazy(tensor) or may_hold_anything(tensor):
         return id(tensor)
     if tensor.layout != torch.strided or tensor.data_ptr() == 0:  # empty, or on no real device
         return id(tensor)
@@ -311,7 +327,6 @@ def _assigner(
 
     def assign(raws: list[_Raw]) -> Entry:
         raw, names = raws[0], [raw.name for raw in raws]
-        _check_has_data(raw)
         role, why = _usual_role(raw)
         if role == "average" and included and not any(included(n, raw.tensor) for n in names):
             role, why = "live", "not in include"
@@ -376,7 +391,7 @@ def _check_can_be_averaged(raw: _Raw) -> None:
         raise ArgumentError(
             f"roles must keep {raw.name!r} live, got 'average' for {_dtype_name(tensor)} values."
         )
-    if _may_hold_anything(tensor):
+    if may_hold_anything(tensor):
         raise ArgumentError(
             f"{raw.name!r} must be an ordinary tensor, got the subclass {type(tensor).__name__}. "
             f"Leave it live with exclude={raw.name!r}."
@@ -388,7 +403,7 @@ def _check_can_be_averaged(raw: _Raw) -> None:
         )
 
 
-def _may_hold_anything(tensor: Tensor) -> bool:
+def may_hold_anything(tensor: Tensor) -> bool:
     """A subclass that only tags ordinary memory is fine; one that dispatches may hold anything."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 

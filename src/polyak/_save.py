@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ._average import Uses, check_is_average
 from ._errors import ArgumentError
-from ._files import read_tensors, write_tensors
+from ._files import open_checkpoint, write_tensors
+from ._roles import take_inventory
 from ._weights import load_into
 
 Ties = Literal["drop", "copy"]
@@ -70,40 +71,48 @@ def save(
     write_tensors(Path(path), kept, {**dropped, "polyak": json.dumps(about)})
 
 
-def load_weights(path: str | PathLike[str], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Read weights that `save` (or any safetensors writer) wrote.
+def load_weights(
+    path: str | PathLike[str], model: nn.Module | None = None, *, key: str | None = None
+) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint, the averaged ones where it has them.
+
+    Whatever `polyak.save` or any other writer of safetensors wrote, in one file, in shards or in a
+    Hugging Face folder; files of `torch.save`, without running what they pickle; folders of
+    torch.distributed.checkpoint. Averages of ema-pytorch, timm, torch's AveragedModel, diffusers,
+    Lightning and polyak are found in them.
 
     Args:
-        path: the file.
+        path: the file or folder.
         model: when given, the weights are written into it, after all names and shapes were checked;
             wrappers (DDP, compile) do not matter.
+        key: the way to other weights in the file, such as "model".
 
     Returns:
         Tensors by name, tied ones under each of their names.
 
     Raises:
         FileNotFoundError: no such file.
-        ArgumentError: not a whole safetensors file.
+        ArgumentError: not a whole checkpoint, or several weights in it that could be meant.
         MatchError: other names or shapes than the model's.
     """
-    tensors, metadata = read_tensors(Path(path))
-    # safetensors.torch.save_model notes ties as {dropped name: kept name} beside {"format": "pt"}.
-    noted = {name: kept for name, kept in metadata.items() if name != "format"}
-    for name, kept in {**noted, **_own_ties(metadata)}.items():
-        if name not in tensors and kept in tensors:
-            tensors[name] = tensors[kept]
+    with open_checkpoint(path, key=key) as checkpoint:
+        tensors = {
+            name: checkpoint.read(name).view(info.shape)
+            for name, info in checkpoint.tensors.items()
+            if name not in checkpoint.aliases
+        }
+        tensors = {name: tensors[checkpoint.aliases.get(name, name)] for name in checkpoint.tensors}
     if model is not None:
-        load_into(model, tensors, str(path))
+        load_into(model, _as_named_by(model, tensors, checkpoint.prefix), str(path))
     return tensors
 
 
-def _own_ties(metadata: dict[str, str]) -> dict[str, str]:
-    """The ties that `save` noted; nothing where the file is from another writer."""
-    try:
-        ties = json.loads(metadata.get("polyak", "{}"))["ties"]
-        return {name: kept for name, kept in ties.items() if isinstance(kept, str)}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
+def _as_named_by(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Names with what was stripped, where `module` is no wrapper but a part of the model."""
+    names = take_inventory(model).index
+    if all(prefix + name in names for name in tensors):
+        return {prefix + name: tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _split_ties(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -82,6 +82,7 @@ def load_engine_state(
 ) -> None:
     """Go on from `state`: check all of it, then write."""
     engine.check_not_lent("load_state_dict")
+    engine.check_shown()
     check_header(state, kind)
     state, anew, left_out = fitted(engine, state, on_mismatch)
     averages = part(state, "averages", Mapping)

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,7 @@ def copy_to(
     ]
     for entry, there, source in moves:
         check_fits(source, there.dtype, entry.name)
+    all_seen = not engine.live_changed_unseen()
     for entry, there, source in moves:
         if entry.role == "average":
             if kernels.overlaps_itself(there):
@@ -95,15 +96,23 @@ def copy_to(
                 kernels.lerp_(there, source, share)
         elif there is not source:
             kernels.write_(there, source)
+    if all_seen and any(there is entry.live() for entry, there, _ in moves):
+        engine.note_own_write()  # feedback is not training
     return coverage
 
 
 @torch.no_grad()
-def load_into(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Write tensors into a model by canonical name, after all of them were checked."""
+def load_into(
+    model: nn.Module, tensors: Mapping[str, Tensor], origin: str, *, may_lack: Collection[str] = ()
+) -> None:
+    """Write tensors into a model by canonical name, after all of them were checked.
+
+    What the tensors `may_lack` stays as it is in the model.
+    """
     target = take_inventory(model)
     check_memory_not_lent((entry.live() for entry in target.entries), "load_weights")
-    names = [name for name, _ in target.order]
+    order = [(name, i) for name, i in target.order if name in tensors or name not in may_lack]
+    names = [name for name, _ in order]
     missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
     no_longer = [name for name in extra if name in target.index]  # non-persistent by now
     extra = [name for name in extra if name not in target.index]
@@ -113,7 +122,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> N
             f"model {missing[:3]} and {len(extra)} only in the file {extra[:3]}. "
             "Pass a model of the class that was saved."
         )
-    for name, index in target.order:
+    for name, index in order:
         live = target.entries[index].live()
         value = tensors[name]
         if live.shape != value.shape or kind(live) != kind(value):
@@ -121,7 +130,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> N
                 f"{name!r} must have shape {list(live.shape)} and kind {live.dtype} as in the "
                 f"model, got {list(value.shape)} {value.dtype} in {origin}."
             )
-    for name, index in target.order:
+    for name, index in order:
         kernels.write_(target.entries[index].live(), tensors[name])
     if no_longer:
         warnings.warn(

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise ArgumentError(f"path must lie in a folder that exists, got {str(path)!r}.")
     if path.is_dir():
         raise ArgumentError(f"path must name a file, got the folder {str(path)!r}.")
-    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
+    temporary = _temporary(path)
     _sweep(path)
     try:
         yield temporary
@@ -37,12 +38,76 @@ def written_whole(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextmanager
+def folder_written_whole(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it becomes `path` at the end.
+
+    Every file in it is synced before. A folder cannot be exchanged in one step: with `replace` the
+    old one is moved aside, the new one takes the name, and the old one is removed; a crash between
+    leaves nothing under the name, never half of something, and the next write puts the old one
+    back first.
+    """
+    if not path.parent.is_dir():
+        raise ArgumentError(f"path must lie in a folder that exists, got {str(path)!r}.")
+    _put_back(path)
+    if os.path.lexists(path) and not replace:
+        raise ArgumentError(f"path must be a new folder, got {str(path)!r} which is there.")
+    temporary = _temporary(path)
+    _sweep(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        _take_name(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    if not os.path.lexists(path):
+        os.rename(temporary, path)
+        return
+    aside = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.aside")
+    os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        os.rename(aside, path)
+        raise
+    shutil.rmtree(aside)
+
+
+def _put_back(path: Path) -> None:
+    """Give a folder its name again that a killed process had moved aside; or remove it."""
+    for aside in _left_behind(path, ".aside"):
+        if os.path.lexists(path):
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(aside, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
+
+
 def _sweep(path: Path) -> None:
     """Remove what processes of this host left here when they were killed while writing `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}.*.partial"):
-        pid = left.name.removesuffix(".partial").rpartition(".")[2]
-        if pid.isdecimal() and not _is_running(int(pid)):
+    for left in _left_behind(path, ".partial"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
             left.unlink(missing_ok=True)
+
+
+def _left_behind(path: Path, ending: str) -> Iterator[Path]:
+    """What processes of this host that run no more named after `path`."""
+    for left in list(path.parent.glob(f".{glob.escape(path.name)}.{_HOST}.*{ending}")):
+        pid = left.name.removesuffix(ending).rpartition(".")[2]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            yield left
 
 
 def _is_running(pid: int) -> bool:

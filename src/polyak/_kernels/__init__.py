@@ -19,6 +19,7 @@ from ._flat import overlaps_itself as overlaps_itself
 from ._flat import write_ as write_
 from ._foreach import ForeachPlan
 from ._mean import mean_ as mean_
+from ._narrow import narrowed as narrowed
 from ._rounding import stream_key as stream_key
 
 

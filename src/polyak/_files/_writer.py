@@ -1,0 +1,252 @@
+"""Safetensors written as tensors become ready: the header first, then elements in any order."""
+
+import json
+import os
+import shutil
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from .._errors import ArgumentError, OrderError
+from ._atomic import folder_written_whole, written_whole
+from ._safetensors import check_known, element_bytes, encoded_header
+from ._stored import TensorInfo
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+class _Place:
+    """Where a tensor goes, and which of its elements are there."""
+
+    def __init__(self, descriptor: int, offset: int, info: TensorInfo) -> None:
+        self.descriptor, self.offset, self.info = descriptor, offset, info
+        self._edges: list[int] = []  # starts and ends of what is written, in turn
+
+    def note(self, start: int, stop: int) -> None:
+        """Elements [start, stop) are written; those that meet become one stretch."""
+        first = bisect_left(self._edges, start)
+        last = bisect_left(self._edges, stop + 1)
+        self._edges[first:last] = [start] * (first % 2 == 0) + [stop] * (last % 2 == 0)
+
+    @property
+    def missing(self) -> int:
+        """How many elements are not written."""
+        return self.info.numel - sum(self._edges[1::2]) + sum(self._edges[::2])
+
+
+class Writer:
+    """Takes the elements of the tensors that were announced; made by `checkpoint_writer`."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, _Place] = {}
+        self._lock = threading.Lock()
+        self._done = False
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Put elements of a flattened tensor in their place, from any thread, in any order.
+
+        Args:
+            name: as announced.
+            start: the first of these elements.
+            values: 1-D, in the dtype announced.
+
+        Raises:
+            ArgumentError: another name or dtype, or elements that the tensor does not have.
+            OrderError: the checkpoint is finished.
+        """
+        if self._done:
+            raise OrderError("write must be called before the checkpoint is finished.")
+        if name not in self._places:
+            raise ArgumentError(f"name must be a tensor that is written, got {name!r}.")
+        place = self._places[name]
+        if values.dtype != place.info.dtype or values.dim() != 1:
+            raise ArgumentError(
+                f"values of {name!r} must be 1-D and {place.info.dtype}, got {values.dim()}-D and "
+                f"{values.dtype}."
+            )
+        stop = start + values.numel()
+        if not 0 <= start <= stop <= place.info.numel:
+            raise ArgumentError(
+                f"start must leave room for the values of {name!r}, which has "
+                f"{place.info.numel} elements, got {start} for {values.numel()}."
+            )
+        left, at = element_bytes(values), place.offset + start * values.dtype.itemsize
+        while left:  # the system writes at most 2 GiB at once
+            count = os.pwrite(place.descriptor, left, at)
+            left, at = left[count:], at + count
+        if start < stop:
+            with self._lock:
+                place.note(start, stop)
+
+    def _finish(self) -> None:
+        self._done = True
+        missing = [name for name, place in self._places.items() if place.missing]
+        if missing:
+            raise ArgumentError(
+                f"every element must be written, got {len(missing)} tensors with some missing "
+                f"{missing[:3]}. Nothing was saved."
+            )
+
+
+@contextmanager
+def checkpoint_writer(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, TensorInfo],
+    *,
+    metadata: Mapping[str, str],
+    max_shard_size: int | None = None,
+    aliases: Mapping[str, str] | None = None,
+    side_files: Sequence[Path] = (),
+    force: bool = False,
+) -> Iterator[Writer]:
+    """Write a checkpoint whole or not at all, while its tensors are being computed.
+
+    A path that ends in `.safetensors` becomes one file, which replaces an older one in one step.
+    Any other becomes a folder as Hugging Face lays it out: `model.safetensors`, or shards with an
+    index, and the side files. When the block ends, every element must have been written; then the
+    files are synced and take their names. When it raises, nothing is left. Memory: the header.
+
+    Args:
+        path: a file in, or a new folder in, a folder that exists.
+        tensors: what will be written: dtype and shape by name.
+        metadata: words about it, for the header.
+        max_shard_size: bytes of tensors in one file of a folder; a single tensor may have more.
+        aliases: names of tied tensors with the name that is written for them; noted, not written.
+        side_files: copied into a folder.
+        force: replace a folder of weights that is there.
+
+    Raises:
+        ArgumentError: a place that cannot be used, or tensors that the format cannot hold; when
+            the block ends, elements that were not written.
+    """
+    path = Path(path)
+    aliases = dict(aliases or {})
+    written = {name: info for name, info in tensors.items() if name not in aliases}
+    words = _words(written, metadata, aliases)
+    check_known(written, "Choose another dtype.")
+    if max_shard_size is not None and not max_shard_size > 0:
+        raise ArgumentError(f"max_shard_size must be above 0 bytes, got {max_shard_size!r}.")
+    shards = _shards(written, max_shard_size)
+    writer = Writer()
+    if path.suffix == ".safetensors":
+        if len(shards) > 1:
+            raise ArgumentError(
+                f"path must be a folder when one file would exceed max_shard_size="
+                f"{max_shard_size}, got {str(path)!r}. Pass a path without .safetensors."
+            )
+        with written_whole(path) as temporary, _opened(writer, {temporary: written}, words):
+            yield writer
+        return
+    _check_replaceable(path, force)
+    _check_side_files(side_files)
+    with folder_written_whole(path, replace=force) as folder:
+        named = _named(shards)
+        for side in side_files:
+            shutil.copyfile(side, folder / side.name)
+        if len(named) > 1:
+            (folder / _INDEX).write_text(_index(named))
+        with _opened(writer, {folder / name: infos for name, infos in named.items()}, words):
+            yield writer
+
+
+@contextmanager
+def _opened(
+    writer: Writer, files: Mapping[Path, Mapping[str, TensorInfo]], words: Mapping[str, str]
+) -> Iterator[None]:
+    """Files with their headers, open for the length of the block."""
+    with ExitStack() as stack:
+        for path, infos in files.items():
+            header, offsets = encoded_header(infos, words)
+            file = stack.enter_context(path.open("wb"))
+            file.write(header)
+            file.truncate(len(header) + sum(info.nbytes for info in infos.values()))
+            file.flush()
+            for name, info in infos.items():
+                writer._places[name] = _Place(file.fileno(), offsets[name], info)
+        try:
+            yield
+        except BaseException:
+            writer._done = True
+            raise
+        writer._finish()
+
+
+def _words(
+    written: Mapping[str, TensorInfo], metadata: Mapping[str, str], aliases: Mapping[str, str]
+) -> dict[str, str]:
+    """The metadata of a file: the caller's words, ties as save_model notes them, and the format."""
+    if not all(isinstance(v, str) and isinstance(n, str) for n, v in metadata.items()):
+        raise ArgumentError(f"metadata must be words by name, got {dict(metadata)!r:.80}.")
+    for name, kept in aliases.items():
+        if kept not in written or name in metadata or name == "format":
+            raise ArgumentError(
+                f"aliases must be other names of tensors that are written, got {name!r} of "
+                f"{kept!r}."
+            )
+    return {**aliases, **metadata, "format": "pt"}
+
+
+def _shards(tensors: Mapping[str, TensorInfo], limit: int | None) -> list[dict[str, TensorInfo]]:
+    """Tensors in their order, as many in each shard as fit."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, info in tensors.items():
+        if limit is not None and shards[-1] and size + info.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += info.nbytes
+    return shards
+
+
+def _named(shards: Sequence[Mapping[str, TensorInfo]]) -> dict[str, Mapping[str, TensorInfo]]:
+    if len(shards) == 1:
+        return {_SINGLE: shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": infos
+        for number, infos in enumerate(shards, 1)
+    }
+
+
+def _index(shards: Mapping[str, Mapping[str, TensorInfo]]) -> str:
+    total = sum(info.nbytes for infos in shards.values() for info in infos.values())
+    listed = {name: shard for shard, infos in shards.items() for name in infos}
+    about = {"metadata": {"total_size": total}, "weight_map": listed}
+    return json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+
+
+def _check_replaceable(path: Path, force: bool) -> None:
+    """Refuse what is there, unless it is a folder of weights that may be replaced."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise ArgumentError(
+            f"path must be a new folder, or end in .safetensors for a file, got {str(path)!r}."
+        )
+    entries = list(path.iterdir())
+    if entries and not force:
+        raise ArgumentError(
+            f"path must be a new folder, got {str(path)!r} which is there. Pass force=True to "
+            "replace it."
+        )
+    foreign = [entry.name for entry in entries if not entry.is_file()]
+    if foreign or (entries and not any(entry.suffix == ".safetensors" for entry in entries)):
+        raise ArgumentError(
+            f"path must be a folder of weights to be replaced, got {str(path)!r} with "
+            f"{(foreign or [entry.name for entry in entries])[:3]}. Remove it yourself."
+        )
+
+
+def _check_side_files(side_files: Sequence[Path]) -> None:
+    names = [side.name for side in side_files]
+    ours = [name for name in names if name.endswith((".safetensors", _INDEX))]
+    if len(set(names)) < len(names) or ours:
+        raise ArgumentError(f"side_files must have names of their own, got {sorted(names)[:8]}.")
+    for side in side_files:
+        if not side.is_file():
+            raise ArgumentError(f"side_files must be files that exist, got {str(side)!r}.")

@@ -1,0 +1,197 @@
+"""What is in a folder of snapshots: which averages, when, and how they came about."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from ._errors import ArgumentError
+from ._files import open_checkpoint
+from ._fit import Storage
+from ._history import History
+from ._identities import schedule_from_state
+from ._schedules import Schedule
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One file of one average, and what it says of itself.
+
+    Attributes:
+        path: the file.
+        average: the name of the average.
+        now: the time at which it was taken, on the clock of the run.
+        updates: how many updates had gone into it.
+        shapes: of its averaged tensors.
+        about: all of it, as it is in the file.
+    """
+
+    path: Path
+    average: str
+    now: float
+    updates: int
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    about: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls, path: Path, about: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    ) -> "Snapshot":
+        """A snapshot from what its file says, and the shapes of all tensors in it."""
+        live = set(about["live"])
+        averaged = {name: tuple(shape) for name, shape in shapes.items() if name not in live}
+        return cls(path, about["average"], about["now"], about["updates"], averaged, about)
+
+    @property
+    def history(self) -> History:
+        """The updates that went into it."""
+        return History.from_state(self.about["history"])
+
+    def differing(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Names of averaged tensors that only one side has, or in another shape."""
+        names = self.shapes.keys() | shapes.keys()
+        return sorted(name for name in names if self.shapes.get(name) != shapes.get(name))
+
+    def is_of_run(self, other: "Snapshot") -> bool:
+        """Whether one of the two went on to become the other, or a sister average of it."""
+        short, long = sorted((self.about, other.about), key=lambda about: about["updates"])
+        if short["origin"] != long["origin"]:
+            return False
+        if self.average == other.average:
+            before, after = [*short["past"], short["schedule"]], [*long["past"], long["schedule"]]
+            if after[: len(before)] != before:
+                return False
+        return bool(_beginning(long["history"], short["updates"]) == short["history"])
+
+    def schedules(self, opaque: Schedule | None = None) -> list[Schedule]:
+        """The schedules of its updates, by the index that the history gives.
+
+        Raises:
+            ArgumentError: one of them was a function, and `opaque` is not given.
+        """
+        saved = [*self.about["past"], self.about["schedule"]]
+        return [schedule_from_state(state, opaque=opaque) for state in saved]
+
+
+def storage_of(dtype: torch.dtype) -> Storage:
+    """The name of a dtype whose rounding is known."""
+    for storage in get_args(Storage):
+        if dtype == getattr(torch, storage):
+            found: Storage = storage
+            return found
+    raise ArgumentError(f"dtype must be one of {', '.join(get_args(Storage))}, got {dtype}.")
+
+
+def read_folder(directory: Path) -> list[Snapshot]:
+    """Every snapshot of a folder, by time and average; only headers are read.
+
+    Raises:
+        ArgumentError: no such folder, nothing in it, or a file that is no snapshot of polyak.
+    """
+    if not directory.is_dir():
+        raise ArgumentError(
+            f"directory must be a folder of snapshots, got {str(directory)!r}, which is "
+            + ("a file." if directory.exists() else "not there.")
+        )
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ArgumentError(
+            f"directory must hold snapshots, got {str(directory)!r} without one. "
+            "Write some with polyak.Snapshots while training."
+        )
+    found = [read_snapshot(path) for path in files]
+    return sorted(found, key=lambda file: (file.now, file.average))
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """One snapshot, from the header of its file."""
+    with open_checkpoint(path) as file:
+        metadata = dict(file.metadata)
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+    try:
+        about = json.loads(metadata["polyak"])
+        _check(about)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"{path.name} must be a snapshot written by polyak.Snapshots, got a file that is none "
+            f"({error}). Move it out of the folder; plain checkpoints are for polyak.merge."
+        ) from error
+    return Snapshot.of(path, about, shapes)
+
+
+def _check(about: Any) -> None:
+    """Raise `ValueError` unless `about` is what a snapshot of this format says of itself."""
+    if not isinstance(about, dict) or about.get("kind") != "snapshot":
+        raise ValueError("it does not say that it is a snapshot")
+    if about.get("format") != FORMAT:
+        raise ValueError(f"its format is {about.get('format')!r}, this version reads {FORMAT}")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "average": str,
+        "storage": str,
+        "schedule": dict,
+        "past": list,
+        "origin": (int, float),
+        "now": (int, float),
+        "updates": int,
+        "history": list,
+        "dtypes": dict,
+        "ties": dict,
+        "frozen": list,
+        "live": list,
+    }
+    for key, kind in kinds.items():
+        if not isinstance(about.get(key), kind) or isinstance(about[key], bool):
+            raise ValueError(f"its {key!r} is missing or damaged")
+    history = History.from_state(about["history"])
+    schedules = 1 + len(about["past"])
+    ordered = math.isfinite(about["now"]) and about["origin"] < about["now"]
+    if len(history) != about["updates"] or not ordered:
+        raise ValueError("its clock and its history do not agree")
+    if any(index >= schedules for _, _, index in history.runs):
+        raise ValueError("its history names a schedule that it does not have")
+
+
+def snapshot_name(average: str, now: float) -> str:
+    """The file name of a snapshot: sorts by time, and ends in it."""
+    time = f"{int(now):012d}" if float(now).is_integer() else repr(float(now))
+    return f"{average}-{time}.safetensors"
+
+
+def _beginning(history: Sequence[Sequence[float]], updates: int) -> list[list[float]]:
+    """The first `updates` updates of a run-length coded history."""
+    runs: list[list[float]] = []
+    left = updates
+    for elapsed, count, index in history:
+        if left <= 0:
+            break
+        runs.append([elapsed, min(count, left), index])
+        left -= int(count)
+    return runs
+
+
+def thinned(moments: Sequence[float], keep: int, *, start: float = 0.0) -> list[float]:
+    """At most `keep` of these moments, near to evenly spaced; the newest always stays.
+
+    The reconstruction error falls with a power of the widest gap. So while there are too many, the
+    one goes that leaves the smallest gap behind, the earlier of equals.
+
+    Args:
+        moments: rising.
+        keep: how many may stay.
+        start: of the run, a neighbour of the first moment.
+
+    Returns:
+        The moments that stay, rising.
+    """
+    left = list(moments)
+    while len(left) > keep:
+        around = [start, *left]
+        gaps = [around[i + 2] - around[i] for i in range(len(left) - 1)]  # if the i-th went
+        left.pop(gaps.index(min(gaps)))
+    return left
