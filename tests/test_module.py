@@ -382,6 +382,26 @@ def test_module_follows_statistics_refreshed_in_a_block_that_raises() -> None:
     assert behind(teacher, average) == []
 
 
+def test_module_that_shares_nothing_is_not_shown_the_memory_that_is_lent() -> None:
+    """Statistics come in the middle of a block, when the average's memory holds the live weights.
+
+    A module in another dtype does not keep that memory from being swapped.
+    """
+    model = net()
+    average = polyak.Average(model, HALF)
+    step(model, average)
+    teacher = average.module(dtype=torch.float64)
+    before = bits(dict(teacher.named_parameters()))
+    train_step(model, batch(), torch.Generator().manual_seed(5))
+
+    with average.applied():
+        polyak.refresh_norms(average, [batch()])
+        assert bits(dict(teacher.named_parameters())) == before
+
+    assert bits(dict(teacher.named_parameters())) == before
+    assert behind(teacher, average) == []
+
+
 def test_modules_of_members_and_of_one_average_show_their_own() -> None:
     """Two of one member, one of another: each follows, whichever of the others is dropped."""
     model = net()
@@ -398,27 +418,31 @@ def test_modules_of_members_and_of_one_average_show_their_own() -> None:
     assert bits(first) != bits(other)
     del first
     gc.collect()
+    saved = copy.deepcopy(averages.state_dict())
     averages.reset()
+    assert behind(second, averages["a"]) == behind(other, averages["b"]) == []
+    averages.load_state_dict(saved)
     assert behind(second, averages["a"]) == behind(other, averages["b"]) == []
 
 
-def test_module_of_a_window_shows_the_mean_of_the_captures() -> None:
-    """2, 4 and 12 with k=2: the module computes with 2, then 3, then 8; with 7 once 2 is loaded."""
-    model = nn.Linear(1, 1, bias=False)
+@both_widths
+def test_module_of_a_window_shows_the_mean_of_the_captures(dtype: torch.dtype) -> None:
+    """2, 4 and 12 with k=2: the module computes with 2, then 3, then 8; and what is loaded."""
+    model = nn.Linear(1, 1, bias=False, dtype=dtype)
     window = polyak.Window(model, k=2)
     teacher = window.module()
     shown, saved = [], []
     for value in (2.0, 4.0, 12.0):
         nn.init.constant_(model.weight, value)
         window.update()
-        shown.append(teacher(torch.ones(1, 1)).item())
+        shown.append(teacher(torch.ones(1, 1, dtype=dtype)).item())
         saved.append(copy.deepcopy(window.state_dict()))
 
     assert shown == [2.0, 3.0, 8.0]
-    window.load_state_dict(saved[0])
-    assert teacher(torch.ones(1, 1)).item() == 2.0
+    window.load_state_dict(saved[1])
+    assert teacher(torch.ones(1, 1, dtype=dtype)).item() == 3.0
     window.reset()
-    assert teacher(torch.ones(1, 1)).item() == 12.0
+    assert teacher(torch.ones(1, 1, dtype=dtype)).item() == 12.0
 
 
 def test_buffers_that_are_replaced_or_grow_are_followed() -> None:

@@ -1,5 +1,6 @@
 """Lend the averaged weights to the live model, and bring the trained ones back whatever happens."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,8 @@ def applied(engine: Engine, row: int = 0) -> Iterator[None]:
         lender.give()
         yield
     except BaseException as error:
+        if sys.is_finalizing():  # a block left open by a process that ends: torch is going already
+            return
         try:
             lender.take_back()
         except BaseException:  # an interrupt at the very call: nothing of it may have run

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._average import Uses, check_is_average
-from ._engine import check_fits
+from ._engine import check_fits, kind
 from ._errors import ArgumentError, MatchError
 
 
@@ -63,7 +63,7 @@ def bias_corrected(
     """
     check_is_average(average)
     for name, value in (("power", power), ("offset", offset), ("unit", unit)):
-        if not 0.0 < value < math.inf:
+        if not (isinstance(value, int | float) and 0.0 < value < math.inf):
             raise ArgumentError(
                 f"{name} must be finite and above 0, got {value!r}."
                 + (" For the plain average call weights()." if name == "power" else "")
@@ -76,7 +76,7 @@ def bias_corrected(
             f"start must hold every averaged tensor, got none for {missing[:3]}. "
             "Take average.weights() right after the average was built or reset."
         )
-    share = math.pow(offset + (engine.now - engine.origin) / unit, -power)
+    share = math.pow(offset + (average.now - engine.origin) / unit, -power)
     averages = engine.values(average._row)
     for entry, tensor in zip(engine.entries, averages, strict=True):
         if entry.kind == "buffer":
@@ -84,14 +84,28 @@ def bias_corrected(
         # While the average is lent, the trained values wait elsewhere.
         live = entry.live() if engine.loan is None else engine.loan.live[entry.name]
         before = start[entry.name]
-        if before.shape != live.shape:
-            raise MatchError(
-                f"start must be of this model, got {entry.name!r} with shape {list(before.shape)} "
-                f"for {list(live.shape)}. Take average.weights() where the average starts."
-            )
+        _check_like(before, live, entry.name)
         wide = torch.promote_types(tensor.dtype, torch.float32)
         way = live.to(tensor.device, wide) - before.to(tensor.device, wide)
         moved = tensor.to(wide) + share * way
+        if not bool((moved.isfinite() | ~tensor.isfinite()).all()):
+            raise ArgumentError(
+                f"start and live weights must be finite, got NaN or inf in {entry.name!r}. "
+                "Use average.weights(), which keeps them out."
+            )
         check_fits(moved, result[entry.name].dtype, entry.name)
         result[entry.name].copy_(moved)
     return result
+
+
+def _check_like(before: object, live: Tensor, name: str) -> None:
+    if not isinstance(before, Tensor) or before.shape != live.shape or kind(before) != kind(live):
+        found = (
+            f"{list(before.shape)} {before.dtype}"
+            if isinstance(before, Tensor)
+            else type(before).__name__
+        )
+        raise MatchError(
+            f"start must be of this model, got {name!r} as {found} for {list(live.shape)} "
+            f"{live.dtype}. Take average.weights() where the average starts."
+        )

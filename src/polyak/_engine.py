@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _kernels as kernels
-from ._errors import ArgumentError, AveragingWarning, MatchError, OrderError
+from ._errors import ArgumentError, AveragingWarning, MatchError, OrderError, show_time
 from ._history import History
 from ._identities import constant_decay
 from ._roles import Inventory, check_some_averaged
@@ -613,16 +613,11 @@ def _is_ours(frame: FrameType) -> bool:
     return module.startswith("polyak.") or module == "contextlib"
 
 
-def check_time(now: object) -> float:
+def check_time(now: object, name: str = "now") -> float:
     """`now` as a plain finite number, whole ones kept whole."""
     if isinstance(now, bool) or not isinstance(now, numbers.Real) or not math.isfinite(now):
-        raise ArgumentError(f"now must be a finite number, got {now!r}.")
+        raise ArgumentError(f"{name} must be a finite number, got {now!r}.")
     return int(now) if isinstance(now, numbers.Integral) else float(now)
-
-
-def show_time(now: float) -> str:
-    """A time as people write it: 1200, not 1200.0."""
-    return str(int(now)) if float(now).is_integer() else repr(float(now))
 
 
 def is_count(value: object) -> bool:

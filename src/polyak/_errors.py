@@ -29,3 +29,8 @@ class OrderError(AveragingError, RuntimeError):
 
 class AveragingWarning(UserWarning):
     """Said once where silence would cost a run; `Average.report` says it too."""
+
+
+def show_time(now: float) -> str:
+    """A time as people write it: 1200, not 1200.0."""
+    return str(int(now)) if float(now).is_integer() else repr(float(now))

@@ -39,7 +39,7 @@ from typing import Literal, Self, TypeAlias, final
 import numpy as np
 import numpy.typing as npt
 
-from ._errors import ArgumentError
+from ._errors import ArgumentError, show_time
 from ._history import History
 from ._profiles import Profile
 from ._schedules import After, Exponential, HalfLifeRamp, Power, Schedule, Uniform
@@ -207,7 +207,8 @@ class Tail:
         span = float(times[-1] - times[0])
         if self.length > span * (1.0 + 1e-9):
             raise ArgumentError(
-                f"length must be at most {span:g} (the time since the start), got {self.length:g}."
+                f"length must be at most {show_time(span)} (the time since the start), got "
+                f"{show_time(self.length)}."
             )
         since = (times - (times[-1] - self.length)) / self.length
         after = _CURVES[self.curve](np.clip(since, 0.0, 1.0))
@@ -348,8 +349,9 @@ class Overlaps:
             advice = f"The nearest length that they serve is {nearest}. " if nearest else ""
             raise ArgumentError(
                 f"target must be resolved by the snapshots to a relative squared profile error of "
-                f"{max_error:g}, got {found.error:.2g} for {target!r} at {found.at:g}. {advice}"
-                "Take snapshots more often or of another average, or pass a larger max_error."
+                f"{max_error:g}, got {found.error:.2g} for {target!r} at {show_time(found.at)}. "
+                f"{advice}Take snapshots more often or of another average, or pass a larger "
+                "max_error."
             )
         return found
 
@@ -463,8 +465,9 @@ class Overlaps:
             wrong = np.flatnonzero(~(np.abs(nearest - ours) <= self._slack))
             if wrong.size:
                 raise ArgumentError(
-                    f"time must be that of an update of its average, got {ours[wrong[0]]:g}. "
-                    f"The nearest one is at {nearest[wrong[0]]:g}."
+                    "time must be that of an update of its average, got "
+                    f"{show_time(ours[wrong[0]])}. "
+                    f"The nearest one is at {show_time(nearest[wrong[0]])}."
                 )
         return _nearest(self._times, times)
 
@@ -499,7 +502,7 @@ class Overlaps:
         if not abs(ends[nearest] - at) <= self._slack:
             raise ArgumentError(
                 f"at must be the time of a snapshot, got {at!r}. "
-                f"The nearest one is at {ends[nearest]:g}."
+                f"The nearest one is at {show_time(ends[nearest])}."
             )
         return nearest + 1
 
@@ -702,7 +705,8 @@ def _check(tracks: Sequence[Track], stored: Sequence[Stored], start: float) -> N
     first = min((track.start for track in tracks), default=math.inf)
     if not -math.inf < start <= first:
         raise ArgumentError(
-            f"start must be finite and at most that of every track ({first:g}), got {start!r}."
+            f"start must be finite and at most that of every track ({show_time(first)}), "
+            f"got {start!r}."
         )
     for each in stored:
         if each.track is not None and not 0 <= each.track < len(tracks):
@@ -712,7 +716,9 @@ def _check(tracks: Sequence[Track], stored: Sequence[Stored], start: float) -> N
             )
         begin = start if each.track is None else tracks[each.track].start
         if each.time < begin:
-            raise ArgumentError(f"time must be at least {begin:g} (its start), got {each.time:g}.")
+            raise ArgumentError(
+                f"time must be at least {show_time(begin)} (its start), got {show_time(each.time)}."
+            )
 
 
 def _moments(

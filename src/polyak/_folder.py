@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 
@@ -17,6 +17,9 @@ from ._identities import schedule_from_state
 from ._schedules import Schedule
 
 FORMAT = 1
+
+# The function that was an average's schedule, or such functions by average.
+Opaque: TypeAlias = Schedule | Mapping[str, Schedule]
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,25 @@ class Snapshot:
                 return False
         return bool(_beginning(long["history"], short["updates"]) == short["history"])
 
-    def schedules(self, opaque: Schedule | None = None) -> list[Schedule]:
+    def schedules(self, opaque: Opaque | None = None) -> list[Schedule]:
         """The schedules of its updates, by the index that the history gives.
 
         Raises:
-            ArgumentError: one of them was a function, and `opaque` is not given.
+            ArgumentError: one of them was a function, and `opaque` does not hold it.
         """
         saved = [*self.about["past"], self.about["schedule"]]
-        return [schedule_from_state(state, opaque=opaque) for state in saved]
+        ours = opaque.get(self.average) if isinstance(opaque, Mapping) else opaque
+        if ours is None and self.is_opaque():
+            raise ArgumentError(
+                f"opaque must hold the schedule of {self.average!r}, which was a function when "
+                f"{self.path.name} was written: no file can hold that. Pass it again, as "
+                f"opaque={{{self.average!r}: function}}."
+            )
+        return [schedule_from_state(state, opaque=ours) for state in saved]
+
+    def is_opaque(self) -> bool:
+        """Whether one of its schedules was a function."""
+        return "'opaque'" in repr([*self.about["past"], self.about["schedule"]])
 
 
 def storage_of(dtype: torch.dtype) -> Storage:
@@ -140,20 +154,28 @@ def _check(about: Any) -> None:
         "now": (int, float),
         "updates": int,
         "history": list,
-        "dtypes": dict,
-        "ties": dict,
-        "frozen": list,
-        "live": list,
     }
     for key, kind in kinds.items():
         if not isinstance(about.get(key), kind) or isinstance(about[key], bool):
             raise ValueError(f"its {key!r} is missing or damaged")
+    for key in ("live", "buffers", "frozen"):
+        if not (isinstance(about.get(key), list) and all(isinstance(n, str) for n in about[key])):
+            raise ValueError(f"its {key!r} must be names")
+    for key in ("dtypes", "ties"):
+        words = about.get(key)
+        if not (isinstance(words, dict) and all(isinstance(w, str) for w in words.values())):
+            raise ValueError(f"its {key!r} must be words by name")
+    if about["storage"] not in get_args(Storage):
+        raise ValueError(f"its storage is {about['storage']!r}")
+    _check_clock(about)
+
+
+def _check_clock(about: Mapping[str, Any]) -> None:
     history = History.from_state(about["history"])
-    schedules = 1 + len(about["past"])
-    ordered = math.isfinite(about["now"]) and about["origin"] < about["now"]
-    if len(history) != about["updates"] or not ordered:
+    end = about["origin"] + math.fsum(elapsed * count for elapsed, count, _ in history.runs)
+    if len(history) != about["updates"] or not math.isclose(about["now"], end, rel_tol=1e-6):
         raise ValueError("its clock and its history do not agree")
-    if any(index >= schedules for _, _, index in history.runs):
+    if any(index > len(about["past"]) for _, _, index in history.runs):
         raise ValueError("its history names a schedule that it does not have")
 
 

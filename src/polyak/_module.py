@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._engine import Engine, check_dtype, check_fits, check_undamaged, plain
 from ._errors import ArgumentError, OrderError
 from ._pairing import Names, pair
-from ._roles import Entry, Inventory, inner_name, may_hold_anything, take_inventory, walk
+from ._roles import Entry, Inventory, bare, may_hold_anything, take_inventory, walk
 from ._weights import value_of
 
 
@@ -228,8 +228,7 @@ def _copy_of(model: nn.Module | None, view: _View) -> nn.Module:
             "module must be given a factory when the average is one of named tensors. "
             "Pass a function that builds the module: module(factory=lambda: Net())."
         )
-    while (inner := inner_name(model)) is not None:
-        model = model.get_submodule(inner)
+    model = bare(model)
     memo: dict[int, Any] = {}
     for name, _, _, tensor in _places(model):
         index = view.inventory.index.get(name)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ._combine import Combination
+from ._engine import check_dtype, check_time
 from ._errors import ArgumentError, MatchError
 from ._files import Checkpoint, TensorInfo, checkpoint_writer, open_checkpoint
 from ._fit import MAX_ERROR, Fit, Overlaps, Storage, Stored, Target, Track
-from ._folder import Snapshot, read_folder
+from ._folder import Opaque, Snapshot, read_folder
 from ._history import History
 from ._inputs import PathLikes, open_inputs, steps_of
 from ._profiles import Profile
@@ -62,19 +63,19 @@ class Reconstruction:
             progress: called now and then with elements done and in all.
 
         Raises:
-            ArgumentError: a file that is damaged or gone; a value that the dtype cannot hold.
+            ArgumentError: a file that is damaged; a value that the dtype cannot hold.
+            FileNotFoundError: a file that is gone by now.
         """
-        with self._opened(dtype) as (combination, rest):
-            tensors = {**combination.tensors, **rest}
+        with self._opened(dtype) as (combination, others):
+            tensors = combination.tensors
             made = {n: torch.empty(info.numel, dtype=info.dtype) for n, info in tensors.items()}
 
             def sink(name: str, start: int, values: Tensor) -> None:
                 made[name][start : start + values.numel()] = values
 
             combination.compute(sink, progress=progress)
-            for name in rest:
-                made[name].copy_(combination.exact.read(name))
         result = {name: tensor.view(tensors[name].shape) for name, tensor in made.items()}
+        result |= others
         ties: Mapping[str, str] = self._about["ties"]
         result |= {alias: result[name] for alias, name in ties.items() if name in result}
         return result
@@ -99,9 +100,11 @@ class Reconstruction:
 
         Raises:
             ArgumentError: as for `weights`; a folder that does not exist.
+            FileNotFoundError: a snapshot that is gone by now.
         """
-        with self._opened(dtype) as (combination, rest):
-            tensors = {**combination.tensors, **rest}
+        with self._opened(dtype) as (combination, others):
+            infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in others.items()}
+            tensors = {**combination.tensors, **infos}
             ties = {alias: n for alias, n in self._about["ties"].items() if n in tensors}
             with checkpoint_writer(
                 Path(path),
@@ -111,37 +114,39 @@ class Reconstruction:
                 aliases=ties,
             ) as writer:
                 combination.compute(writer.write, progress=progress)
-                for name in rest:
-                    writer.write(name, 0, combination.exact.read(name))
+                for name, tensor in others.items():
+                    writer.write(name, 0, tensor.flatten())
 
     @contextmanager
-    def _opened(
-        self, dtype: torch.dtype | None
-    ) -> Iterator[tuple[Combination, dict[str, TensorInfo]]]:
-        """The sum of the files that take part, and what is copied from the newest of them."""
-        if dtype is not None and not dtype.is_floating_point:
-            raise ArgumentError(f"dtype must be a floating point torch.dtype, got {dtype}.")
+    def _opened(self, dtype: torch.dtype | None) -> Iterator[tuple[Combination, dict[str, Tensor]]]:
+        """The sum of the files that take part, and the buffers, which are small."""
+        if dtype is not None:
+            check_dtype(dtype)
         with ExitStack() as stack:
             used = self.fit.used
             files = [stack.enter_context(open_checkpoint(self.files[i])) for i in used]
+            coefficients = [float(self.fit.coefficients[i]) for i in used]
             newest = files[-1]
             self._check_alike(files)
-            live = set(self._about["live"])
-            averaged, rest = {}, {}
+            live, buffers = set(self._about["live"]), set(self._about["buffers"])
+            averaged, others = {}, {}
             for name, info in newest.tensors.items():
+                made = TensorInfo(self._dtype_of(name, info, dtype), info.shape)
                 if name in live:
-                    rest[name] = info
+                    others[name] = newest.read(name).view(info.shape)
+                elif name in buffers:
+                    others[name] = _buffer(name, made, files, coefficients)
                 elif name not in newest.aliases:
-                    averaged[name] = TensorInfo(self._dtype_of(name, info, dtype), info.shape)
+                    averaged[name] = made
             yield (
                 Combination(
                     checkpoints=files,
                     labels=[self.files[i].name for i in used],
-                    coefficients=[float(self.fit.coefficients[i]) for i in used],
+                    coefficients=coefficients,
                     tensors=averaged,
                     exact=newest,
                 ),
-                rest,
+                others,
             )
 
     def _dtype_of(self, name: str, info: TensorInfo, asked: torch.dtype | None) -> torch.dtype:
@@ -176,6 +181,22 @@ class Reconstruction:
         }
 
 
+def _buffer(
+    name: str, made: TensorInfo, files: Sequence[Checkpoint], coefficients: Sequence[float]
+) -> Tensor:
+    """The same sum for a buffer; what was never negative stays above the least it ever was.
+
+    Coefficients have both signs: of a variance that fell a hundredfold the sum can be below zero,
+    and its square root is no number.
+    """
+    wide = torch.promote_types(made.dtype, torch.float64)
+    seen = torch.stack([file.read(name).to(wide) for file in files])
+    total = torch.tensor(coefficients, dtype=wide) @ seen
+    if not wide.is_complex and bool((seen >= 0.0).all()):
+        total = torch.maximum(total, seen.amin(dim=0))
+    return total.to(made.dtype).view(made.shape)
+
+
 def reconstruct(
     source: Source | PathLikes,
     schedule: Target,
@@ -186,7 +207,7 @@ def reconstruct(
     max_error: float = MAX_ERROR,
     law: Schedule | None = None,
     steps: Sequence[float] | None = None,
-    opaque: Schedule | None = None,
+    opaque: Opaque | None = None,
     progress: Progress | None = None,
 ) -> Reconstruction:
     """Return the average that `schedule` would have given, from averages that were stored.
@@ -211,7 +232,8 @@ def reconstruct(
             `polyak.merge` takes any schedule over them.
         steps: training times of a list of files. By default what the files say, else the last
             whole number in each name.
-        opaque: the schedule of the snapshots, where it was a function, which no file can hold.
+        opaque: the schedule of the snapshots where it was a function, which no file can hold; by
+            average where several were.
         progress: called now and then with elements done and in all, while `out` is written.
 
     Returns:
@@ -277,6 +299,7 @@ class Run:
         self, schedule: Target, *, at: float | None = None, max_error: float = MAX_ERROR
     ) -> Reconstruction:
         """See `polyak.reconstruct`."""
+        at = None if at is None else check_time(at, "at")
         fit = self.overlaps.fit(schedule, at=at, max_error=max_error)
         return Reconstruction(fit, self.files, self.overlaps.profile(fit), self.about)
 
@@ -286,7 +309,7 @@ class Run:
         return serving(self.overlaps, self.averages, size, at=at)
 
 
-def open_run(directory: Source, *, opaque: Schedule | None = None) -> Run:
+def open_run(directory: Source, *, opaque: Opaque | None = None) -> Run:
     """The run that a folder of snapshots is of; only headers are read.
 
     Raises:
@@ -299,6 +322,12 @@ def open_run(directory: Source, *, opaque: Schedule | None = None) -> Run:
         _check_one_run(file, newest[file.average])
         _check_one_run(file, found[-1])
     names = list(newest)
+    functions = [name for name, file in newest.items() if file.is_opaque()]
+    if len(functions) > 1 and opaque is not None and not isinstance(opaque, Mapping):
+        raise ArgumentError(
+            f"opaque must be by average, since the schedules of {functions} were functions, got "
+            "one. Pass opaque={name: function, …}."
+        )
     tracks = [
         Track(newest[n].history, newest[n].schedules(opaque), start=newest[n].about["origin"])
         for n in names
@@ -337,12 +366,12 @@ def _foreign_run(paths: PathLikes, *, law: Schedule | None, steps: Sequence[floa
         times = steps_of(inputs, steps)
         ties = dict(inputs.aliases)
         storages = [_storage(file) for file in inputs.checkpoints]
-    if not all(time.is_integer() for time in times):
-        raise ArgumentError(f"steps must be whole numbers with law, got {times}.")
+    if not all(time.is_integer() and time >= 1.0 for time in times):
+        raise ArgumentError(f"steps must be whole numbers from 1 on with law, got {times}.")
     order = sorted(range(len(times)), key=times.__getitem__)
     track = Track(History.from_state([[1, int(max(times)), 0]]), [law])
     stored = [Stored(times[i], storage=storages[i]) for i in order]
-    about = {"live": [], "dtypes": {}, "ties": ties, "frozen": []}
+    about = {"live": [], "buffers": [], "dtypes": {}, "ties": ties, "frozen": []}
     files = tuple(Path(paths[i]) for i in order)
     return Run(files, Overlaps([track], stored), {"average": law}, about)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._engine import Engine, show_time
+from ._engine import Engine
+from ._errors import show_time
 from ._schedules import After, CountRamp
 
 

@@ -142,6 +142,13 @@ def inner_name(module: nn.Module) -> str | None:
     return None
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The module inside the wrappers that are known."""
+    while (inner := inner_name(module)) is not None:
+        module = module.get_submodule(inner)
+    return module
+
+
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Each module with its canonical prefix: wrappers recognised by type add nothing to a name.
 

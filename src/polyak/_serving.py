@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import final
 
+from ._errors import show_time
 from ._fit import MAX_ERROR, Overlaps
 from ._picture import LINE, MARK, picture, shares_along_x
 from ._schedules import Power, Schedule
@@ -48,14 +49,14 @@ class SnapshotReport:
         many = len(self.moments)
         lines = [f"{name}: {rule}" for name, rule in self.averages.items()]
         lines.append(
-            f"{many} moment{'s' if many > 1 else ''} from {self.moments[0]:g} to "
-            f"{self.moments[-1]:g}, {self.stored_bytes / 1e6:,.1f} MB"
+            f"{many} moment{'s' if many > 1 else ''} from {show_time(self.moments[0])} to "
+            f"{show_time(self.moments[-1])}, {self.stored_bytes / 1e6:,.1f} MB"
         )
         lines.append(
             "serves no length"
             if self.shortest is None
             else f"serves sigma_rel {self.shortest:.3g} to {self.longest:.3g} at "
-            f"{self.at:g}: averages of a mean age of {_age(self.shortest):.2%} to "
+            f"{show_time(self.at)}: averages of a mean age of {_age(self.shortest):.2%} to "
             f"{_age(self.longest or self.shortest):.2%} of the run"
         )
         lines.append(f"{'sigma_rel':>10}  {'mean age':>9}  {'error':>8}")
@@ -88,7 +89,9 @@ class SnapshotReport:
                 fontsize=9,
             )
             shares_along_x(axes)
-            axes.set_xlabel(f"mean age of the average, as a share of the run up to {self.at:g}")
+            axes.set_xlabel(
+                f"mean age of the average, as a share of the run up to {show_time(self.at)}"
+            )
             axes.set_ylabel(f"relative squared profile error (from {_FLOOR:g} up)")
             axes.set_title(f"What {len(self.moments)} moments can rebuild", fontsize=10)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _kernels as kernels
 from ._average import Average, Averages
 from ._engine import check_dtype, is_count
-from ._errors import ArgumentError, MatchError, OrderError
+from ._errors import ArgumentError, MatchError, OrderError, show_time
 from ._files import write_tensors
 from ._fit import plan
 from ._folder import FORMAT, Snapshot, read_folder, snapshot_name, storage_of, thinned
@@ -45,8 +45,9 @@ class Snapshots:
     Args:
         averages: what to write, an `Average` or `Averages`.
         directory: where; made if need be. One folder holds one run: to go on with a run, load its
-            averages first. What they had not yet reached when they were saved moves to the
-            subfolder `superseded`, since training will take it again.
+            averages first. Runs are told apart by names, shapes, schedules and the times of their
+            updates; take a folder of its own for each seed. What the averages had not yet reached
+            when they were saved moves to the subfolder `superseded`: training takes it again.
         every: time between snapshots, in the unit of the clock.
         dtype: of real floating tensors in the files. A tensor with values that float16 cannot hold
             is written in float32; complex ones are complex64, the widest of the format.
@@ -99,7 +100,8 @@ class Snapshots:
         self._pending: Future[None] | None = None
         self._files = self._opened(updates=self._engine.updates)
         self._jumps = self._engine.jumps
-        self._taken_at = self._engine.now if self._engine.updates else self._engine.origin
+        # A moment that was lost with the process is taken at the next update.
+        self._taken_at = max(self._moments(), default=self._engine.now)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="polyak-snapshots")
         self._engine.watchers[id(self)] = self._after_update
 
@@ -137,8 +139,8 @@ class Snapshots:
         times = self._kept([origin + self.every * index for index in range(first, last + 1)])
         if not times:
             raise ArgumentError(
-                f"until must be at or after {origin + self.every:g}, the first snapshot, got "
-                f"{until!r}."
+                f"until must be at or after {show_time(origin + self.every)}, the first snapshot, "
+                f"got {until!r}."
             )
         schedules = {name: member.schedule for name, member in self._members.items()}
         overlaps = plan(
@@ -243,9 +245,9 @@ class Snapshots:
             return []
         if not updates:
             raise OrderError(
-                f"directory must be empty for averages that never ran or were reset, got {len(found)} snapshots "
-                f"in {str(self.directory)!r}. To go on with that run, load its averages first; "
-                "for a new run take a new folder."
+                "directory must be empty for averages that never ran or were reset, got "
+                f"{len(found)} snapshots in {str(self.directory)!r}. To go on with that run, load "
+                "its averages first; for a new run take a new folder."
             )
         for file in found:
             self._check_same_run(file)
@@ -324,6 +326,7 @@ class Snapshots:
                 entry.name: str(entry.live().dtype).removeprefix("torch.")
                 for entry in engine.entries
             },
+            "buffers": [entry.name for entry in engine.entries if entry.kind == "buffer"],
             "live": sorted(entry.name for entry in self._live_buffers()),
             "ties": {alias: e.name for e in engine.inventory.entries for alias in e.aliases},
             "frozen": [

@@ -201,8 +201,8 @@ def line(
 ) -> Line:
     """Score the straight line between two checkpoints: were they trained from one start?
 
-    The score of (1 - a) first + a second, for a from 0 to 1. Models trained apart are separated by a
-    barrier, on which the score is worse than at both ends; an average of them is worth nothing.
+    The score of (1 - a) first + a second, for a from 0 to 1. Models trained apart are separated by
+    a barrier, on which the score is worse than at both ends; an average of them is worth nothing.
     Frankle et al. 2020, https://arxiv.org/abs/1912.05671
 
     Args:

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._errors import ArgumentError
+from ._engine import check_memory_not_lent
+from ._errors import ArgumentError, show_time
 from ._files import written_whole
 from ._fit import MAX_ERROR, Tail, Target
+from ._folder import Opaque
 from ._identities import schedule_from_state, schedule_state
 from ._kernels import write_
 from ._picture import BAND, LINE, MARK, picture, shares_along_x
 from ._posthoc import Reconstruction, Run, open_run
 from ._roles import take_inventory
-from ._schedules import Power, Schedule
+from ._schedules import Power
 from ._serving import served
 from ._weights import load_into
 
@@ -80,12 +82,13 @@ class Sweep:
     def plateau(self) -> tuple[Point, Point]:
         """The shortest and the longest average around the best that are nearly as good.
 
-        Nearly: within `tolerance` of the distance from the best score to the worst. A length from
-        its middle is safer than the best of a dozen scores that are noisy.
+        Nearly: within `tolerance` of the distance from the best score to the median, which one
+        absurd length does not move. A length from the middle of the plateau is safer than the best
+        of a dozen scores that are noisy.
         """
         merits = [self._merit(point) for point in self.points]
         top = max(range(len(merits)), key=merits.__getitem__)
-        lowest = max(merits) - self.tolerance * (max(merits) - min(merits))
+        lowest = max(merits) - self.tolerance * (max(merits) - float(np.median(merits)))
         first = last = top
         while first > 0 and merits[first - 1] >= lowest:
             first -= 1
@@ -152,7 +155,9 @@ class Sweep:
             axes.plot(shares, scores, "o-", color=LINE, ms=4, lw=1.4)
             axes.plot([self.best.share], [self.best.score], "o", color=MARK, ms=9, zorder=3)
             shares_along_x(axes)
-            axes.set_xlabel(f"mean age of the average, as a share of the run up to {self.at:g}")
+            axes.set_xlabel(
+                f"mean age of the average, as a share of the run up to {show_time(self.at)}"
+            )
             axes.set_ylabel(f"{name} ({'higher' if self.higher_is_better else 'lower'} is better)")
             axes.set_title(
                 f"best {self.best.score:.5g} at {self.best.share:.1%}; nearly as good from "
@@ -172,7 +177,7 @@ def sweep(
     at: float | None = None,
     max_error: float = MAX_ERROR,
     cache: str | PathLike[str] | None = None,
-    opaque: Schedule | None = None,
+    opaque: Opaque | None = None,
     progress: Told | None = None,
 ) -> Sweep:
     """Score averages of many lengths from the snapshots of one run, and return the curve.
@@ -268,6 +273,7 @@ def _scored(score: Score, score_of: ScoreOf, one: Reconstruction, model: nn.Modu
     if model is None:
         return score(weights)
     live = [entry.live() for entry in take_inventory(model).entries]
+    check_memory_not_lent(live, "sweep with this model")
     kept = [tensor.detach().clone() for tensor in live]
     modes = [(part, part.training) for part in model.modules()]
     try:
@@ -301,9 +307,13 @@ class _Cache:
         self._path = path
         self._stamp = _stamp(run)
         self._scores: dict[str, float] = {}
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ArgumentError(f"cache must be a file in a folder that exists, got {str(path)!r}.")
         if path is not None and path.exists():
             try:
                 self._scores = {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
+                if not all(map(math.isfinite, self._scores.values())):
+                    raise ValueError("a score that is not finite")
             except (ValueError, AttributeError, TypeError) as error:
                 raise ArgumentError(
                     f"cache must be a file that sweep wrote, got {str(path)!r} ({error}). "
@@ -321,8 +331,9 @@ class _Cache:
         return value
 
     def _key(self, one: Reconstruction) -> str:
-        """What was scored, for people to read, and a digest of the files it was made of."""
-        return f"{one.fit.target!r} at {one.fit.at:g} of {self._stamp}"
+        """What was scored, for people to read, and a digest of what it was made of."""
+        sums = hashlib.sha256(one.fit.coefficients.tobytes()).hexdigest()[:12]
+        return f"{one.fit.target!r} ({sums}) at {show_time(one.fit.at)} of {self._stamp}"
 
 
 def _stamp(run: Run) -> str:

@@ -1,8 +1,10 @@
 """The promises that all averages keep, for every rule of averaging and every awkward model."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -447,3 +449,113 @@ def test_average_built_under_inference_mode_goes_on_outside(rule: Rule) -> None:
         pass
 
     assert not any(t.is_inference() for t in average.tensors.values())
+
+
+# ── the module ───────────────────────────────────────────────────────────────────────────────────
+
+
+def shown(module: nn.Module) -> dict[str, bytes]:
+    """The bits of what a checkpoint of the module would hold."""
+    return bits({k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)})
+
+
+def full(average: Use) -> dict[str, bytes]:
+    """The bits of `weights()`."""
+    return bits({k: v for k, v in average.weights().items() if isinstance(v, Tensor)})
+
+
+@every_kind
+@every_animal
+def test_module_is_the_average_after_every_update(animal: Animal, rule: Rule) -> None:
+    """Same class, same names, same bits as `weights()`; what no state dict holds is the live one's.
+
+    And after `reset` and `load_state_dict`, which are those of the owner for one of several.
+    """
+    torch.manual_seed(0)
+    generator, model, inputs = torch.Generator().manual_seed(1), animal.build(), animal.inputs()
+    average, update = rule.build(model)
+    owner: Any = update.__self__  # type: ignore[attr-defined]
+    module = average.module()
+    saved = copy.deepcopy(owner.state_dict())
+    assert type(module) is type(model)
+    assert list(module.state_dict()) == list(model.state_dict())
+    assert shown(module) == full(average)
+
+    for index in range(STEPS):
+        train_step(model, inputs, generator)
+        update()
+        assert shown(module) == full(average)
+        for name in animal.spare:
+            assert torch.equal(tensors_of(module)[name], tensors_of(model)[name])
+        if index == STEPS // 2:
+            saved = copy.deepcopy(owner.state_dict())
+    before = shown(module)
+
+    train_step(model, inputs, generator)
+    owner.reset()
+    assert shown(module) == full(average)
+    owner.load_state_dict(saved)
+    assert shown(module) == full(average) != before
+    assert not any(part.training for part in module.modules())
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@every_kind
+@every_animal
+def test_module_computes_what_the_plain_class_computes(animal: Animal, rule: Rule) -> None:
+    """Also inside the block, where the live model computes the same; no bit moves on any side."""
+    run, other = trained(rule, animal), fresh(animal)
+    if animal.name == "expanded":
+        pytest.skip("torch itself cannot load into elements that share memory")
+    module, inputs = run.average.module(), animal.inputs()
+    for name in animal.spare:
+        setattr(other, name, tensors_of(run.model)[name].clone())
+    other.load_state_dict(run.average.weights(), strict=True)
+    before = bits(run.model), bits(run.average.tensors)
+
+    with torch.no_grad():
+        expected = other.eval()(inputs)
+        assert torch.equal(module(inputs), expected)
+        with run.average.applied():
+            assert torch.equal(module(inputs), expected)
+            assert torch.equal(run.model.eval()(inputs), expected)
+        assert torch.equal(module(inputs), expected)
+
+    assert (bits(run.model), bits(run.average.tensors)) == before
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "animal", [a for a in ZOO if "batch_norm" in a.name], ids=lambda animal: animal.name
+)
+def test_module_shows_recomputed_statistics_until_the_next_update(
+    animal: Animal, rule: Rule
+) -> None:
+    """As `weights()` does."""
+    run = trained(rule, animal)
+    module = run.average.module()
+    before = shown(module)
+
+    polyak.refresh_norms(run.average, [animal.inputs()])
+
+    assert shown(module) == full(run.average) != before
+
+
+@every_kind
+@every_animal
+def test_module_shares_what_it_can(animal: Animal, rule: Rule) -> None:
+    """Parameters are the average's memory where dtypes agree, frozen ones the live model's."""
+    run = trained(rule, animal)
+
+    module = run.average.module()
+
+    live, tensors = tensors_of(run.model), run.average.tensors
+    for name, parameter in module.named_parameters():
+        if name in tensors:
+            assert (parameter.data_ptr() == tensors[name].data_ptr()) == (
+                tensors[name].dtype == live[name].dtype
+            )
+        else:
+            assert parameter.data_ptr() == live[name].data_ptr()
+    owned = {t.data_ptr() for t in (*live.values(), *tensors.values()) if t.numel()}
+    assert not {b.data_ptr() for b in module.buffers() if b.numel()} & owned

@@ -69,10 +69,11 @@ def read_index(path: Path, files: Files) -> Contents:
     shards: dict[str, dict[str, None]] = {}
     for name, shard in listed.items():
         shards.setdefault(shard, {})[name] = None
+    places = {shard: inside(folder, shard, listed_in=path.name) for shard in shards}
     tree: dict[str, object] = {}
     metadata: dict[str, str] = {}
     for shard, names in shards.items():
-        found, words = _shard(inside(folder, shard, listed_in=path.name), files)
+        found, words = _shard(places[shard], files)
         # A shard may hold more than the index lists, as a remainder of another conversion would.
         if found.keys() != names.keys():
             wrong = sorted(found.keys() ^ names.keys())

@@ -10,6 +10,7 @@ import typer
 
 from polyak._errors import AveragingError
 
+from . import _checkpoints, _lengths
 from ._display import display, show_study
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ def _version(asked: bool) -> None:
         except importlib.metadata.PackageNotFoundError:
             typer.echo("polyak, not installed as a package")
         raise typer.Exit
+
+
+_checkpoints.register(app)
+_lengths.register(app)
 
 
 @app.callback()

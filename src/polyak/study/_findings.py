@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ._lengths import LengthFindings, length_findings
 from ._methods import Method, Tail
 from ._results import Memory, Outcome, Rule, measure, memories
 from ._task import Task
@@ -24,6 +25,8 @@ class Findings:
         outcome: the figures of the ordinary runs and of their rivals.
         control: the same without mini-batch noise, where the study has one.
         memories: what each average remembers, from the first seed's run.
+        lengths: averages of many lengths, rebuilt from the snapshots of each run; None where none
+            were kept.
         verdict: the answer, in sentences.
         seconds: wall-clock time.
         jobs: processes used.
@@ -39,6 +42,7 @@ class Findings:
     outcome: Outcome
     control: Outcome | None
     memories: tuple[Memory, ...]
+    lengths: LengthFindings | None
     verdict: Verdict
     seconds: float
     jobs: int
@@ -65,6 +69,7 @@ def assemble(
     control = measure(task, runs, methods, kind="control", ensemble={}) if controlled else None
     if control is not None:  # the average that the verdict speaks of, not a new pick
         control = replace(control, headline=outcome.headline)
+    lengths = length_findings(task, runs, methods, outcome)
     order = list(outcome.rows)
     kept = [m for m in memories(methods, runs[0]) if m.name in order]
     kept.sort(key=lambda memory: order.index(memory.name))
@@ -77,7 +82,10 @@ def assemble(
         outcome=outcome,
         control=control,
         memories=tuple(kept),
-        verdict=verdict(task, outcome, control, edge=_edge(task, methods, outcome, kept)),
+        lengths=lengths,
+        verdict=verdict(
+            task, outcome, control, edge=_edge(task, methods, outcome, kept), lengths=lengths
+        ),
         seconds=seconds,
         jobs=jobs,
         versions=versions,

@@ -16,7 +16,7 @@ from ._report import page
 from ._task import Task
 
 RESULTS, REPORT = "results.json", "report.html"
-_PICTURES = ("loss", "metric", "methods", "weights", "differences")
+_PICTURES = ("loss", "metric", "methods", "weights", "differences", "lengths")
 _NAMES = {RESULTS, REPORT, *(f"{name}.png" for name in _PICTURES)}
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from ._findings import Findings
+from ._lengths import LengthFindings
 from ._results import Outcome
 from ._statistics import LEVEL
 from ._task import Task
 
 FORMAT = "polyak study"
-FORMAT_NUMBER = 2
+FORMAT_NUMBER = 3
 DIGITS = 8  # kept of every figure: fewer would show in the spread of a calm curve
 
 
@@ -80,6 +81,7 @@ def document(study: Findings) -> dict[str, Any]:
             ],
             "ordinary": _outcome(study.outcome, task),
             "control": None if study.control is None else _outcome(study.control, task),
+            "lengths": None if study.lengths is None else _lengths(study.lengths),
             "runs": [
                 {
                     "kind": run.kind,
@@ -91,6 +93,7 @@ def document(study: Findings) -> dict[str, Any]:
                     "train_loss": run.train_loss,
                     "learning_rate": run.rates,
                     "curves": {name: dataclasses.asdict(c) for name, c in run.curves.items()},
+                    "lengths": None if run.lengths is None else dataclasses.asdict(run.lengths),
                 }
                 for run in study.runs
             ],
@@ -138,6 +141,31 @@ def _outcome(outcome: Outcome, task: Task) -> dict[str, Any]:
         "favourite": outcome.favourite,
         "ensemble": outcome.ensemble,
         "methods": methods,
+    }
+
+
+def _lengths(found: LengthFindings) -> dict[str, Any]:
+    """Metric against length over the seeds; the figures of each seed are with its run."""
+    first, last = found.plateau
+    points = zip(found.names, found.sweep.points, found.values, found.gains, strict=True)
+    return {
+        "curve": [
+            {
+                "average": name,
+                "share": point.share,
+                "error": point.error,
+                "validation": point.score,
+                "values": values,
+                "gain": dataclasses.asdict(gain),
+            }
+            for name, point, values, gain in points
+        ],
+        "rival": found.rival,
+        "best": found.best,
+        "plateau": [first.share, last.share],
+        "picked_together": dataclasses.asdict(found.together),
+        "picked_alone": dataclasses.asdict(found.alone),
+        "tracked": [dataclasses.asdict(each) for each in found.tracked],
     }
 
 

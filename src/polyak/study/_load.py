@@ -9,6 +9,7 @@ from polyak._errors import ArgumentError
 
 from ._findings import Findings, assemble
 from ._json import FORMAT_NUMBER
+from ._keep import Lengths, Rebuilt
 from ._methods import LIVE
 from ._task import Task
 from ._tasks import TASKS
@@ -79,7 +80,28 @@ def _run(task: Task, found: Mapping[str, Any]) -> Run:
         bytes=found["bytes"],
         seconds=found["seconds"],
         outputs={},
+        lengths=None if found.get("lengths") is None else _lengths(found["lengths"]),
     )
+
+
+def _lengths(found: Mapping[str, Any]) -> Lengths:
+    return Lengths(
+        curve=tuple(_rebuilt(one) for one in found["curve"]),
+        tracked=tuple(_rebuilt(one) for one in found["tracked"]),
+        moments=found["moments"],
+        bytes=found["bytes"],
+        training=found["training"],
+        keeping=found["keeping"],
+        rebuilding=found["rebuilding"],
+    )
+
+
+def _rebuilt(found: Mapping[str, Any]) -> Rebuilt:
+    figures = {
+        part: {name: math.nan if value is None else float(value) for name, value in held.items()}
+        for part, held in found["figures"].items()
+    }
+    return Rebuilt(found["name"], found["share"], found["error"], figures)
 
 
 def _curve(found: Mapping[str, Any]) -> Curve:

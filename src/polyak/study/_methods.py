@@ -68,6 +68,14 @@ class Tail:
 Method = Averaged | Windowed | Tail
 
 
+def has_length(method: Method) -> bool:
+    """Whether it is an average of which only the length was to be chosen: EMA or power function."""
+    schedule = method.schedule if isinstance(method, Averaged) else None
+    if isinstance(schedule, Exponential):
+        return schedule.debias  # the plain one keeps a share of the first weights as well
+    return isinstance(schedule, Power)
+
+
 def ema(decay: float, *, debias: bool = True, refresh: bool = False) -> Averaged:
     """An EMA with its decay in the name; the debiased ones form the family "EMA"."""
     name = f"EMA {decay:g}" if debias else f"EMA {decay:g}, plain"

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image  # comes with matplotlib
 
 from ._findings import Findings
+from ._lengths import LengthFindings
 from ._methods import DECAYED, LIVE
 from ._metrics import Metric
 from ._results import RULES, Memory, Outcome
-from ._statistics import Paired
+from ._statistics import Paired, gains
 from ._train import Run
+from ._verdict import when
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ _SIZE = 10.0
 _FAR = 3.0  # times the differences of most seeds: what lies beyond leaves the forest plot
 _FITS = 15.0  # times the validation loss: up to here the training loss shares its panel
 _SHARES = 200  # points of a curve over shares of a run
+_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of a run
+_AGE = "mean age of the average, as a share of the run (logarithmic)"
 _FEW_UPDATES = 40  # up to here a profile is drawn update by update
 
 Picture = Callable[[Findings, Theme], Figure]
@@ -89,6 +93,8 @@ def pictures(study: Findings) -> dict[str, tuple[Picture, str]]:
             "better. A triangle at the edge stands for what lies beyond it.",
         ),
     }
+    if study.lengths is not None:
+        found["lengths"] = (lengths_drawn, _lengths_say(study, study.lengths))
     if last != judge:
         found["metric"] = (last_curves, f"Validation {last} {says}.")
     return found
@@ -515,3 +521,153 @@ def _forest_limits(gains: Sequence[Paired], factor: float) -> tuple[float, float
     high = min(max([0.0, *seeds, *ends]), usual)
     pad = 0.05 * max(high - low, 1e-12)
     return low - pad, high + pad
+
+
+def _lengths_say(study: Findings, lengths: LengthFindings) -> str:
+    where = f"{study.outcome.part} {study.task.judge} {when(study.task, 'stop')}"
+    said = (
+        f"{where[0].upper()}{where[1:]} of power functions of many lengths, each seed's rebuilt "
+        "from the snapshots of its one run. Shaded: lengths that validation finds nearly as good "
+        "as the best, the diamond."
+    )
+    if len(study.seeds) < 2:
+        return said
+    return (
+        f"{said} Means over seeds; band: 95 % interval of the paired difference to "
+        f"{lengths.rival}, the dashed line: where the line lies in the band, the two differ within "
+        "noise. Right: each seed's difference, above 0 for the better."
+    )
+
+
+def lengths_drawn(study: Findings, theme: Theme) -> Figure:
+    """Left: metric against length over all seeds. Right: each seed against the best EMA."""
+    lengths = study.lengths
+    assert lengths is not None
+    several = len(lengths.level) > 1
+    figure = Figure(figsize=(9.6, 4.2), dpi=_DPI, layout="constrained")
+    axes: list[Axes] = list(figure.subplots(1, 2 if several else 1, squeeze=False).flat)
+    _against_length(axes[0], study, lengths, theme)
+    axes[0].set_title(f"{len(lengths.level)} seeds, one run each" if several else "one run")
+    for axis in axes[1:]:
+        _seeds_against(axis, study, lengths, theme)
+    figure.supxlabel(_AGE, fontsize=_SIZE)
+    return figure
+
+
+def lengths_alone(study: Findings, theme: Theme) -> Figure:
+    """Metric against length over all seeds, as a picture of its own."""
+    lengths = study.lengths
+    assert lengths is not None
+    figure = Figure(figsize=(8.0, 4.0), dpi=_DPI, layout="constrained")
+    axis: Axes = figure.subplots()
+    _against_length(axis, study, lengths, theme)
+    axis.set_xlabel(_AGE)
+    return figure
+
+
+def _against_length(axis: Axes, study: Findings, lengths: LengthFindings, theme: Theme) -> None:
+    """The curve with its band, what was tracked online as dots, the best EMA as a line."""
+    metric = study.task.metrics[study.task.judge]
+    shares = [point.share for point in lengths.sweep.points]
+    level = _centre(lengths.level, metric)
+    middle = [_centre(values, metric) for values in lengths.values]
+    first, last = lengths.plateau
+    axis.axvspan(
+        first.share,
+        last.share,
+        color=theme.faint,
+        alpha=0.55,
+        linewidth=0,
+        zorder=0,
+        label="nearly as good on validation",
+    )
+    axis.axhline(level, color=theme.rival, linewidth=1.0, linestyle=(0, (5, 3)), zorder=2)
+    if len(lengths.level) > 1:
+        ends = [[_moved(level, end, metric) for end in (g.low, g.high)] for g in lengths.gains]
+        low, high = np.sort(np.asarray(ends), axis=1).T
+        axis.fill_between(shares, low, high, color=theme.average, alpha=0.28, linewidth=0, zorder=1)
+    axis.plot(
+        shares,
+        middle,
+        "-",
+        color=theme.average,
+        linewidth=1.8,
+        zorder=3,
+        label="rebuilt afterwards",
+    )
+    best = lengths.names.index(lengths.best)
+    axis.plot(
+        [shares[best]],
+        [middle[best]],
+        "D",
+        color=theme.average,
+        markersize=7,
+        zorder=5,
+        label="picked on validation",
+    )
+    for is_power, colour in ((False, theme.rival), (True, theme.average)):
+        dots = [each for each in lengths.tracked if each.name.startswith("power") == is_power]
+        axis.plot(
+            [each.share for each in dots],
+            [_centre(each.online, metric) for each in dots],
+            "o",
+            color=theme.paper if is_power else colour,
+            markeredgecolor=colour,
+            markeredgewidth=1.4,
+            markersize=7,
+            zorder=4,
+            label=f"{'power functions' if is_power else 'EMAs'} tracked online" if dots else None,
+        )
+    _shares_along(axis, [*shares, *(each.share for each in lengths.tracked)])
+    axis.grid(axis="y")
+    axis.legend(frameon=False, fontsize=_SIZE - 1, loc="best")
+    if metric.compare == "absolute" and metric.scale != 1.0:
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y * metric.scale:g}"))
+    unit = f", {metric.unit}" if metric.unit else ""
+    axis.set_ylabel(f"{study.outcome.part} {study.task.judge}{unit} ({metric.better} is better)")
+
+
+def _seeds_against(axis: Axes, study: Findings, lengths: LengthFindings, theme: Theme) -> None:
+    """One thin line a seed: its difference to the best EMA, above 0 where it is better."""
+    metric = study.task.metrics[study.task.judge]
+    factor = 1.0 if metric.compare == "relative" else metric.scale
+    shares = [point.share for point in lengths.sweep.points]
+    table = np.asarray(
+        [
+            gains(lengths.level, values, better=metric.better, compare=metric.compare)
+            for values in lengths.values
+        ]
+    )
+    axis.axhline(0.0, color=theme.rival, linewidth=1.0, linestyle=(0, (5, 3)), zorder=2)
+    axis.plot(shares, factor * table, color=theme.average, linewidth=0.9, alpha=0.8, zorder=3)
+    _shares_along(axis, shares)
+    axis.grid(axis="y")
+    if metric.compare == "relative":
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * metric.shown(y):.2g} %"))
+        axis.set_ylabel(f"gain over {lengths.rival}")
+    else:
+        unit = f", {metric.unit}" if metric.unit else ""
+        axis.set_ylabel(f"gain over {lengths.rival}{unit}")
+    axis.set_title("each seed by itself")
+
+
+def _shares_along(axis: Axes, shares: Sequence[float]) -> None:
+    axis.set_xscale("log")
+    axis.set_xlim(min(shares) / 1.15, max(shares) * 1.15)
+    inside = [tick for tick in _TICKS if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+    axis.set_xticks(inside, [f"{100 * tick:g} %" for tick in inside])
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _centre(values: Sequence[float], metric: Metric) -> float:
+    """Mean over seeds as differences are taken: the geometric one where they are ratios."""
+    found = np.asarray(values, dtype=np.float64)
+    if metric.compare == "relative" and (found > 0.0).all():
+        return float(np.exp(np.log(found).mean()))
+    return float(found.mean())
+
+
+def _moved(level: float, gain: float, metric: Metric) -> float:
+    """The value that is better than `level` by `gain`."""
+    sign = -1.0 if metric.better == "lower" else 1.0
+    return level * math.exp(sign * gain) if metric.compare == "relative" else level + sign * gain

@@ -171,8 +171,8 @@ def measure(
     family = {
         m.name for m in methods if not isinstance(m, Tail) and task.headline in (m.name, m.family)
     }
-    headline = _picked(task, rows, [name for name in averages if name in family])
-    favourite = _picked(task, rows, averages)
+    headline = picked(task, rows, [name for name in averages if name in family])
+    favourite = picked(task, rows, averages)
     for name in (LIVE, headline) if rivals else ():
         title = DECAYED if name == LIVE else f"{DECAYED} + {name}"
         # A rate planned to its end is run to its end: stopping early would cut the decay off.
@@ -306,7 +306,7 @@ def _log(ratio: float) -> float:
     return math.log(ratio) if ratio > 0.0 else _NAN
 
 
-def _picked(task: Task, rows: dict[str, Row], names: Sequence[str]) -> str:
+def picked(task: Task, rows: dict[str, Row], names: Sequence[str]) -> str:
     """The method whose validation value at the stop is best on average over the seeds."""
     sign = 1.0 if task.metrics[task.judge].better == "lower" else -1.0
 

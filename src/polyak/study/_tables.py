@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ._findings import Findings
+from ._lengths import LengthFindings
 from ._methods import DECAYED, LIVE
 from ._metrics import Metric
 from ._results import RULES, Outcome, Row, Rule
 from ._statistics import Paired, gains, paired
-from ._verdict import amount, smaller, three, when
+from ._verdict import amount, percent, smaller, three, when
 
 NONE = "\N{EN DASH}"
 GAIN = "gain [95 %], better in (sign test)"
@@ -55,6 +56,8 @@ def tables(study: Findings) -> list[Table]:
     """Every table of the report, in order."""
     found = [final_table(study), epoch_table(study), methods_table(study)]
     found += [other_metrics(study)] if len(study.task.metrics) > 1 else []
+    if study.lengths is not None:
+        found += [lengths_table(study, study.lengths), rebuilt_table(study, study.lengths)]
     found += [spread_table(study), memory_table(study)]
     if study.control is not None:
         found.append(control_table(study, study.control))
@@ -209,6 +212,102 @@ def other_metrics(study: Findings) -> Table:
         columns += (metric, GAIN)
     title = f"The other metrics {when(study.task, 'stop')}"
     return Table(title, columns, tuple(rows), strong=strong)
+
+
+def lengths_table(study: Findings, lengths: LengthFindings) -> Table:
+    """Every length that was rebuilt from the snapshots, against the best EMA tracked online."""
+    task, metric = study.task, study.task.metrics[study.task.judge]
+    rows = [
+        (
+            name,
+            percent(point.share),
+            f"{point.error:.0e}",
+            number(point.score),
+            _over_seeds(values),
+            _gain(gain, metric),
+        )
+        for name, point, values, gain in zip(
+            lengths.names, lengths.sweep.points, lengths.values, lengths.gains, strict=True
+        )
+    ]
+    alone = (
+        "picked in each run",
+        NONE,
+        NONE,
+        NONE,
+        NONE,
+        _gain(lengths.alone.gain, metric),
+    )
+    first, last = lengths.plateau
+    return Table(
+        "Many lengths from one run",
+        (
+            "",
+            "mean age, of the run",
+            "profile error",
+            f"validation {task.judge}",
+            f"{task.judge} {when(task, 'stop')}",
+            f"against {lengths.rival} {GAIN}",
+        ),
+        (*rows, *([alone] if len(study.seeds) > 1 else [])),
+        f"Power functions rebuilt from {lengths.moments:.0f} snapshots of two averages, 0.05 and "
+        f"0.10, a run; figures on {study.outcome.part} data, means over seeds. {HOW} "
+        f"{_rival_clause(study, lengths)}; marked, the length that validation picks by the same "
+        f"rule (nearly as good from {percent(first.share)} to {percent(last.share)}); last row: "
+        "length and EMA both picked anew in each run. " + _cost(lengths),
+        lengths.names.index(lengths.best),
+    )
+
+
+def _rival_clause(study: Findings, lengths: LengthFindings) -> str:
+    if lengths.rival == LIVE:
+        return "Compared with the live weights, no average of another length having been tracked"
+    return (
+        f"{lengths.rival} is the best of those tracked online, as validation picks over all seeds"
+    )
+
+
+def _cost(lengths: LengthFindings) -> str:
+    """What the curve cost beside the training that it came from."""
+    many = len(lengths.names) + len(lengths.tracked)
+    return (
+        f"All of it costs one training a seed: {number(lengths.training, 2)} s for the optimizer "
+        f"steps, {number(lengths.keeping, 2)} s more for keeping the two averages and writing them "
+        f"({_bytes(round(lengths.bytes))} on disk), and afterwards {number(lengths.rebuilding, 2)} "
+        f"s for rebuilding and scoring {many} averages."
+    )
+
+
+def rebuilt_table(study: Findings, lengths: LengthFindings) -> Table:
+    """Averages that were tracked online beside the same ones from the snapshots: are they alike?"""
+    metric = study.task.metrics[study.task.judge]
+    rows = tuple(
+        (
+            each.name,
+            percent(each.share),
+            f"{each.error:.0e}",
+            _over_seeds(each.online),
+            _over_seeds(each.rebuilt),
+            _gain(each.gain, metric),
+        )
+        for each in lengths.tracked
+    )
+    return Table(
+        "Tracked online and rebuilt",
+        (
+            "",
+            "mean age, of the run",
+            "profile error",
+            "tracked online",
+            "rebuilt afterwards",
+            f"difference {GAIN.removeprefix('gain ')}",
+        ),
+        rows,
+        f"{study.task.judge} {when(study.task, 'stop')} of averages that the run tracked step by "
+        "step, and of the same schedules put together from its snapshots. The two power functions "
+        "are those that were written, so that theirs is the rounding to float16. A dash: shorter "
+        "or longer than the snapshots resolve.",
+    )
 
 
 def spread_table(study: Findings) -> Table:

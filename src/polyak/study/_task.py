@@ -97,6 +97,9 @@ class Task:
         combine: how the ensemble joins outputs [models, rows, ...].
         control: whether to repeat the run without noise: full batches, dropout modules off.
         short_epochs: epochs of a short study.
+        snapshots: at most so many moments of the run are kept on disk, from which averages of any
+            length are rebuilt at its stop: 4 bytes a parameter and moment, in a temporary folder
+            that is removed. At least 4; 0 keeps none and leaves that part out.
         title: one line for people.
         notes: what a reader of the report must know about the task.
         published: figures to show beside ours.
@@ -121,6 +124,7 @@ class Task:
     combine: Callable[[Tensor], Tensor] = mean_outputs
     control: bool = False
     short_epochs: int | None = None
+    snapshots: int = 64
     title: str = ""
     notes: tuple[str, ...] = field(default=())
     published: Published | None = None
@@ -130,6 +134,8 @@ class Task:
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise ArgumentError(f"{name} must be {low} or more, got {value!r}.")
+        if self.snapshots and not self.snapshots >= 4:
+            raise ArgumentError(f"snapshots must be 4 or more, or 0, got {self.snapshots!r}.")
         if not self.metrics:
             raise ArgumentError("metrics must hold at least one metric, got none.")
 

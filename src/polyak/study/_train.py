@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,17 @@ from polyak._errors import ArgumentError
 from polyak._window import Window
 
 from ._curves import early_stop
-from ._methods import LIVE, Averaged, Method, Tail, Windowed, check_methods, usual_methods
+from ._keep import Figures, Keeper, Lengths
+from ._methods import (
+    LIVE,
+    Averaged,
+    Method,
+    Tail,
+    Windowed,
+    check_methods,
+    has_length,
+    usual_methods,
+)
 from ._task import Data, Pair, Task
 
 REFRESHED = ", refreshed"
@@ -78,6 +89,7 @@ class Run:
         bytes: size of one copy of the averaged tensors.
         seconds: how long it took, evaluation included.
         outputs: rule -> part -> outputs of the live model, for the ensemble.
+        lengths: averages of other lengths, rebuilt at the stop; None where nothing was kept.
     """
 
     kind: str
@@ -90,6 +102,7 @@ class Run:
     bytes: int
     seconds: float
     outputs: dict[str, dict[str, Tensor]]
+    lengths: Lengths | None = None
 
 
 @dataclass(frozen=True)
@@ -174,8 +187,15 @@ def train_seed(task: Task, seed: int, *, control: bool, tell: Tell) -> list[Run]
 class _Looks:
     """The averages of one run, and what each of them scored so far."""
 
-    def __init__(self, task: Task, data: Data, model: nn.Module, methods: Sequence[Method]) -> None:
-        self.task, self.data, self.model = task, data, model
+    def __init__(
+        self,
+        task: Task,
+        data: Data,
+        model: nn.Module,
+        methods: Sequence[Method],
+        keeper: Keeper | None = None,
+    ) -> None:
+        self.task, self.data, self.model, self.keeper = task, data, model, keeper
         self.methods = {m.name: m for m in methods if isinstance(m, Averaged)}
         schedules = {name: method.schedule for name, method in self.methods.items()}
         self.averages = Averages(model, schedules) if schedules else None
@@ -184,14 +204,31 @@ class _Looks:
         }
         self.curves: dict[str, Curve] = {}
         self.steps = 0
+        self.stepping, self.updating = 0.0, 0.0  # seconds of all steps; of the updates in them
+        self.lengths: Lengths | None = None
 
     def update(self) -> None:
         """Fold the live weights into every average: called after each optimizer step."""
+        started = time.perf_counter()
         self.steps += 1
         if self.averages is not None:
             self.averages.update()
         for window in self.windows.values():
             window.update()
+        if self.keeper is not None and self.lengths is None:
+            self.keeper.update()
+        self.updating += time.perf_counter() - started
+
+    def rebuild(self) -> None:
+        """Score averages of many lengths as of now."""
+        if self.keeper is None:
+            return
+
+        def look() -> Figures:
+            return {name: figures for name, (_, figures) in self.measured().items()}
+
+        tracked = {name: m.schedule for name, m in self.methods.items() if has_length(m)}
+        self.lengths = self.keeper.rebuild(tracked, look, training=self.stepping - self.updating)
 
     def bytes(self) -> int:
         """Size of one copy of what is averaged."""
@@ -231,11 +268,8 @@ class _Looks:
         """Evaluate what the model holds now as an entry of curve `name`; return the outputs."""
         curve = self.curves.setdefault(name, Curve(first=epoch))
         outputs = {}
-        for part in ("validation", "test") if self.data.test is not None else ("validation",):
-            pair = self.data.validation if part == "validation" else self.data.test
-            assert pair is not None
-            outputs[part] = predict(self.model, pair[0])
-            for metric, value in scores(self.task, outputs[part], pair[1]).items():
+        for part, (outputs[part], figures) in self.measured().items():
+            for metric, value in figures.items():
                 curve.part(part).setdefault(metric, []).append(value)
         if self.data.test is None and len(self.data.validation[0]) > 1:
             measure = self.task.metrics[self.task.judge].measure
@@ -244,6 +278,15 @@ class _Looks:
                 value = float(measure(outputs["validation"][start::2], targets))
                 curve.halves.setdefault(half, []).append(value)
         return outputs
+
+    def measured(self) -> dict[str, tuple[Tensor, dict[str, float]]]:
+        """Part -> outputs of what the model holds now, and every metric on them."""
+        found = {}
+        for part, pair in (("validation", self.data.validation), ("test", self.data.test)):
+            if pair is not None:
+                outputs = predict(self.model, pair[0])
+                found[part] = outputs, scores(self.task, outputs, pair[1])
+        return found
 
 
 def trimmed(task: Task, curves: Mapping[str, Curve], *, stop: int, kind: str) -> dict[str, Curve]:
@@ -328,6 +371,7 @@ def _epoch(
     looks: "_Looks",
 ) -> float:
     """Train for `steps` steps and return the mean loss over their rows."""
+    started = time.perf_counter()
     model.train()
     total, rows = 0.0, 0
     for _ in range(steps):
@@ -339,6 +383,7 @@ def _epoch(
         optimizer.step()
         looks.update()
         total, rows = total + loss.item() * len(inputs), rows + len(inputs)
+    looks.stepping += time.perf_counter() - started
     return total / rows
 
 
@@ -390,34 +435,40 @@ def _run(
     scheduler = task.scheduler(optimizer) if task.scheduler and kind != "decayed" else None
     budget = per_epoch * task.epochs if kind == "decayed" else None
     rate = _Rate(optimizer, warmup=task.warmup, decay=task.decay, budget=budget)
-    looks = _Looks(task, data, model, methods)
+    # Only these are compared in all lengths; the control and the rival show what they show without.
+    chosen = kind == "ordinary" and task.snapshots > 0
+    keeper = Keeper(task, model, per_epoch=per_epoch) if chosen else None
+    looks = _Looks(task, data, model, methods, keeper)
     stream = batches(data.train, size=task.batch, seed=seed)
     tails = [m for m in methods if isinstance(m, Tail)]
     kept: list[dict[str, Tensor]] = []
     named = [m.name for m in methods if task.headline in (m.name, _family(m))]
     losses, rates, stop = [], [], 0
     outputs: dict[str, dict[str, Tensor]] = {}
-    for epoch in range(1, task.epochs + 1):
-        losses.append(_epoch(task, model, optimizer, stream, per_epoch, rate, looks))
-        rates.append(rate.now)
-        live = looks.look(epoch)
-        stops = {c: early_stop(looks.judged(c), patience=task.patience) for c in looks.curves}
-        if "best" not in outputs or stops[LIVE].best == epoch:
-            outputs["best"] = live
-        if not stop:
-            outputs["stop"] = live
-            if tails:
-                kept.append({name: t.clone() for name, t in model.state_dict().items()})
-            if not stops[task.watch].ran_out:
-                stop = epoch
-        shown = next((name for name in named if name in looks.curves), LIVE)
-        tell(Moment(seed, kind, epoch, task.epochs, looks.last(LIVE), looks.last(shown)))
-        if not any(stopped.ran_out for stopped in stops.values()):
-            break
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(looks.last(task.watch))
-        elif scheduler is not None:
-            scheduler.step()
+    with keeper or nullcontext():
+        for epoch in range(1, task.epochs + 1):
+            losses.append(_epoch(task, model, optimizer, stream, per_epoch, rate, looks))
+            rates.append(rate.now)
+            live = looks.look(epoch)
+            stops = {c: early_stop(looks.judged(c), patience=task.patience) for c in looks.curves}
+            if "best" not in outputs or stops[LIVE].best == epoch:
+                outputs["best"] = live
+            if not stop:
+                outputs["stop"] = live
+                if tails:
+                    kept.append({name: t.clone() for name, t in model.state_dict().items()})
+                if not stops[task.watch].ran_out:
+                    stop = epoch
+                if stop or epoch == task.epochs:
+                    looks.rebuild()
+            shown = next((name for name in named if name in looks.curves), LIVE)
+            tell(Moment(seed, kind, epoch, task.epochs, looks.last(LIVE), looks.last(shown)))
+            if not any(stopped.ran_out for stopped in stops.values()):
+                break
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(looks.last(task.watch))
+            elif scheduler is not None:
+                scheduler.step()
     for tail in tails:
         looks.curves |= _replay(task, data, model, tail, kept)
     return Run(
@@ -431,6 +482,7 @@ def _run(
         bytes=looks.bytes(),
         seconds=time.perf_counter() - started,
         outputs=outputs if kind == "ordinary" else {},
+        lengths=looks.lengths,
     )
 
 

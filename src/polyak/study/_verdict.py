@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ._lengths import LengthFindings, Standing
 from ._methods import DECAYED, LIVE
 from ._metrics import Metric
 from ._results import Calm, Outcome, Row, Rule
@@ -47,6 +48,7 @@ def verdict(
     control: Outcome | None,
     *,
     edge: Literal["shortest", "longest", ""] = "",
+    lengths: LengthFindings | None = None,
 ) -> Verdict:
     """Say what was found.
 
@@ -55,6 +57,7 @@ def verdict(
         ordinary: the figures.
         control: those without mini-batch noise.
         edge: whether the picked length is the shortest or the longest that was tried.
+        lengths: averages of other lengths, rebuilt afterwards.
     """
     name, metric = ordinary.headline, task.metrics[task.judge]
     row = ordinary.rows[name]
@@ -78,6 +81,7 @@ def verdict(
         *_at_best(task, ordinary),
         *_edge(name, edge),
         *_pick(task, ordinary),
+        *([] if lengths is None else _afterwards(task, ordinary, lengths)),
         *_rival(task, ordinary),
         *_joined(task, ordinary),
         *([_control(task, control)] if control is not None else []),
@@ -152,6 +156,16 @@ def three(gain: Paired, metric: Metric) -> tuple[str, str, str]:
         amount(value, metric, digits=digits) for value in (gain.low, gain.mean, gain.high)
     )
     return mean, low, high
+
+
+def percent(share: float) -> str:
+    """A share with two figures.
+
+    Examples:
+        >>> percent(0.151), percent(0.0084)
+        ('15 %', '0.84 %')
+    """
+    return f"{100.0 * share:.2g} %"
 
 
 def mean_name(metric: Metric) -> str:
@@ -337,6 +351,37 @@ def _pick(task: Task, outcome: Outcome) -> list[str]:
         f"Of all averages validation picks {outcome.favourite} ({judged}: "
         f"{interval(gain, metric)})."
     ]
+
+
+def _afterwards(task: Task, outcome: Outcome, lengths: LengthFindings) -> list[str]:
+    """The best length that was chosen after training, and the best that was tracked in it."""
+    first, last = lengths.plateau
+    judged = "judged on test data" if outcome.part == "test" else "judged on the rows that picked"
+    rival = "the live weights" if lengths.rival == LIVE else f"{lengths.rival}, tracked online"
+    chosen = (
+        f"Any length afterwards: of {len(lengths.names)}, all rebuilt from snapshots of the same "
+        f"run, validation picks {lengths.best} (mean age {percent(lengths.sweep.best.share)} of "
+        f"the run; nearly as good from {percent(first.share)} to {percent(last.share)}); {judged}, "
+        f"it {_beside(task, lengths.together)} {rival}."
+    )
+    if len(lengths.level) < 2:
+        return [chosen]
+    other = "the live weights" if lengths.rival == LIVE else "the best that was tracked online"
+    return [
+        chosen,
+        "Where both are picked in each run by itself, as with one run one must, the rebuilt length "
+        f"{_beside(task, lengths.alone)} {other}.",
+    ]
+
+
+def _beside(task: Task, standing: Standing) -> str:
+    """How a rebuilt length stands to one tracked online: "is within noise (...) of"."""
+    metric, gain = task.metrics[task.judge], standing.gain
+    said = {"better": "better", "worse": "worse"}.get(gain.finding)
+    close = ", and as good for what is worth having" if answer_of(gain, metric) == "little" else ""
+    if said is None:
+        return f"is within noise{close} ({interval(gain, metric)}) of"
+    return f"is {said}{close} ({interval(gain, metric)}) than"
 
 
 def _rival(task: Task, outcome: Outcome) -> list[str]:

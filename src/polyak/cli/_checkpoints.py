@@ -1,0 +1,343 @@
+"""Commands on checkpoint files: merge, soup, inspect, diff."""
+
+import ast
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+import polyak
+from polyak._diff import diff as difference
+from polyak._errors import ArgumentError, AveragingError
+from polyak._files import open_checkpoint
+from polyak._schedules import Schedule
+
+from ._progress import bar, each
+from ._tables import as_json, show_checkpoint, show_diff, show_merge, show_soup
+
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+
+_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SCHEDULES = {
+    name: getattr(polyak, name)
+    for name in (
+        "After",
+        "Cosine",
+        "CountRamp",
+        "Exponential",
+        "ExponentialRamp",
+        "HalfLifeRamp",
+        "InverseGamma",
+        "Polynomial",
+        "Power",
+        "Uniform",
+    )
+}
+
+# ── options that several commands have ───────────────────────────────────────────────────────────
+
+Checkpoints = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CHECKPOINT...",
+        help="Safetensors files, Hugging Face folders, torch files, torch.distributed.checkpoint "
+        "folders; also mixed.",
+    ),
+]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="A .safetensors file, or a folder for shards.")
+]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Of the result.", show_default="the inputs' dtype")
+]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", help="Where in a torch file the weights are: model, state_dict_ema, …"),
+]
+Integers = Annotated[
+    str | None,
+    typer.Option(
+        "--integers",
+        help="The checkpoint that gives integers and booleans.",
+        show_default="they must agree",
+    ),
+]
+IgnoreNonFinite = Annotated[
+    bool, typer.Option("--ignore-nonfinite", help="Let NaN and inf into the result.")
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option("--max-shard-size", help="Of one file of the result, like 5GB or 500MB."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a folder that exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for command in (merge, soup, inspect, diff):
+        app.command()(command)
+
+
+# ── the commands ─────────────────────────────────────────────────────────────────────────────────
+
+
+def merge(
+    checkpoints: Checkpoints,
+    out: Out,
+    coefficients: Annotated[
+        str | None,
+        typer.Option(help="How much each counts: 0.5,0.3,0.2.", show_default="all the same"),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Rescale the coefficients to sum to 1.")
+    ] = False,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help='Weights over the steps, like "Exponential(half_life=1000)".'),
+    ] = None,
+    curve: Annotated[
+        str | None,
+        typer.Option(help="Imitate a decay of the learning rate: linear, cosine or 1-sqrt."),
+    ] = None,
+    window: Annotated[
+        float | None,
+        typer.Option(help="Only checkpoints of so many steps up to the last."),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Training times: 100,200,300.", show_default="from files or names"),
+    ] = None,
+    dtype: DtypeOption = None,
+    key: Key = None,
+    integers: Integers = None,
+    ignore_nonfinite: IgnoreNonFinite = False,
+    max_shard_size: ShardSize = None,
+    force: Force = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Average checkpoint files, in a few megabytes of memory.
+
+    Example: polyak merge step-*.safetensors --window 5000 -o merged.safetensors
+    """
+    with _one_line_errors(), bar("merging", quiet=quiet) as progress:
+        done = polyak.merge(
+            checkpoints,
+            out=out,
+            coefficients=_numbers("--coefficients", coefficients),
+            normalize=normalize,
+            schedule=None if schedule is None else _schedule(schedule),
+            curve=curve,  # type: ignore[arg-type]  # the library says which there are
+            window=window,
+            steps=_numbers("--steps", steps),
+            dtype=_dtype(dtype),
+            key=key,
+            integers=integers,
+            nonfinite="ignore" if ignore_nonfinite else "raise",
+            max_shard_size=_size(max_shard_size),
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if json:
+        typer.echo(as_json(done))
+    else:
+        show_merge(done)
+
+
+def soup(
+    checkpoints: Checkpoints,
+    out: Out,
+    score: Annotated[
+        str,
+        typer.Option(
+            help="A command that scores a checkpoint: {} stands for its path, and the last number "
+            'it prints is the score. Like "python eval.py {}".'
+        ),
+    ],
+    method: Annotated[
+        Literal["greedy", "uniform"],
+        typer.Option(help="Keep those that help, or average all."),
+    ] = "greedy",
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="The score is a loss.")
+    ] = False,
+    budget: Annotated[
+        int | None, typer.Option(help="Most calls of the score.", show_default="as many as needed")
+    ] = None,
+    dtype: DtypeOption = None,
+    key: Key = None,
+    integers: Integers = None,
+    ignore_nonfinite: IgnoreNonFinite = False,
+    max_shard_size: ShardSize = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Average those of several fine-tuned checkpoints that score better together than alone.
+
+    Example: polyak soup run-*/model.safetensors --score "python eval.py {}" -o soup.safetensors
+    """
+    if "{}" not in score:
+        raise typer.BadParameter("must have {} where the path goes.", param_hint="--score")
+    with _one_line_errors():
+        done = polyak.soup(
+            checkpoints,
+            lambda path: _run_score(score, path),
+            out=out,
+            method=method,
+            higher_is_better=not lower_is_better,
+            budget=budget,
+            score_of="file",
+            dtype=_dtype(dtype),
+            key=key,
+            integers=integers,
+            nonfinite="ignore" if ignore_nonfinite else "raise",
+            max_shard_size=_size(max_shard_size),
+            force=force,
+            tell=None if quiet else each,
+        )
+    if json:
+        typer.echo(as_json(done))
+    else:
+        show_soup(done)
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Any checkpoint.")],
+    key: Key = None,
+    json: Json = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every tensor, however many there are.")
+    ] = False,
+) -> None:
+    """What is in a checkpoint: tensors, metadata, live or averaged and by whom.
+
+    Example: polyak inspect averaged.safetensors
+    """
+    with _one_line_errors(), open_checkpoint(file, key=key) as checkpoint:
+        show_checkpoint(checkpoint, as_data=json, every=every)
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(help="Any checkpoint.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    key: Key = None,
+    json: Json = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every tensor, however many there are.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """How two checkpoints differ: names, shapes, and the relative distance of each tensor.
+
+    Example: polyak diff live.safetensors averaged.safetensors
+    """
+    with _one_line_errors(), bar("comparing", quiet=quiet) as progress:
+        found = difference(first, second, key=key, progress=progress)
+    if json:
+        typer.echo(as_json(found))
+    else:
+        show_diff(found, every=every)
+
+
+# ── words to values ──────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn what the library refuses into one line on stderr and exit code 1."""
+    try:
+        yield
+    except (AveragingError, OSError) as error:
+        typer.echo(f"polyak: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("polyak: stopped; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"must be numbers like 1,2,3, got {text!r}.", param_hint=option
+        ) from None
+
+
+def _dtype(name: Dtype | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+def _size(text: str | None) -> int | None:
+    """Bytes from words such as 5GB."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if not found:
+        raise typer.BadParameter(
+            f"must be a size like 5GB, got {text!r}.", param_hint="--max-shard-size"
+        )
+    return int(float(found[1]) * _SIZES[found[2]])
+
+
+def _schedule(text: str) -> Schedule:
+    """A schedule from the way it prints; only such calls are understood, nothing is evaluated."""
+    try:
+        return _built(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, TypeError, ValueError) as error:
+        if isinstance(error, AveragingError):
+            raise
+        raise typer.BadParameter(
+            f"must be one of {', '.join(_SCHEDULES)} with its settings, like "
+            f'"Power(sigma_rel=0.05)", got {text!r}.',
+            param_hint="--schedule",
+        ) from None
+
+
+def _built(node: ast.expr) -> Schedule:
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        raise ValueError("no call")
+    if node.func.id not in _SCHEDULES:
+        raise ValueError(f"no schedule {node.func.id}")
+    settings = [_setting(value) for value in node.args]
+    named = {word.arg: _setting(word.value) for word in node.keywords if word.arg}
+    if len(named) < len(node.keywords):
+        raise ValueError("no ** here")
+    built: Schedule = _SCHEDULES[node.func.id](*settings, **named)
+    return built
+
+
+def _setting(node: ast.expr) -> object:
+    return _built(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
+
+
+def _run_score(command: str, path: str) -> float:
+    """Run the command on a checkpoint; the last number it prints is the score."""
+    words = [word.replace("{}", path) for word in shlex.split(command)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ArgumentError(
+            f"score must end with exit code 0, got {done.returncode} from {command!r}: {last}"
+        )
+    for word in reversed(done.stdout.split()):
+        try:
+            return float(word)
+        except ValueError:
+            continue
+    raise ArgumentError(f"score must print a number, got {done.stdout.strip()[-200:]!r}.")

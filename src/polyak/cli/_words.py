@@ -1,0 +1,73 @@
+"""What do the words on the command line mean? Options that several commands share."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from polyak._errors import ArgumentError, AveragingError
+
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Of the result.", show_default="the inputs' dtype")
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option("--max-shard-size", help="Of one file of the result, like 5GB or 500MB."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what the library refuses into one line on stderr and exit code 1."""
+    try:
+        yield
+    except (AveragingError, OSError, ImportError) as error:
+        typer.echo(f"polyak: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("polyak: stopped; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+
+
+def dtype_of(name: Dtype | None) -> torch.dtype | None:
+    """The dtype of that name."""
+    return None if name is None else getattr(torch, name)
+
+
+def size_of(text: str | None) -> int | None:
+    """Bytes from words such as 5GB."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if not found:
+        raise typer.BadParameter(
+            f"must be a size like 5GB, got {text!r}.", param_hint="--max-shard-size"
+        )
+    return int(float(found[1]) * _SIZES[found[2]])
+
+
+def run_score(command: str, path: str) -> float:
+    """Run the command on a checkpoint; the last number it prints is the score."""
+    words = [word.replace("{}", path) for word in shlex.split(command)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ArgumentError(
+            f"score must end with exit code 0, got {done.returncode} from {command!r}: {last}"
+        )
+    for word in reversed(done.stdout.split()):
+        try:
+            return float(word)
+        except ValueError:
+            continue
+    raise ArgumentError(f"score must print a number, got {done.stdout.strip()[-200:]!r}.")
