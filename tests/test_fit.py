@@ -703,7 +703,7 @@ def test_a_plan_is_the_run_that_follows_it() -> None:
         After(70, InverseGamma(unit=7)),
         half,
     ],
-    ids=repr,
+    ids=lambda schedule: getattr(schedule, "__name__", repr(schedule)),
 )
 def test_decays_by_array_are_those_by_call(schedule: Schedule) -> None:
     elapsed = np.array([7.0] * 50 + [350.0] + [14.0] * 20)

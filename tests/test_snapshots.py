@@ -535,6 +535,21 @@ def test_a_resume_at_a_snapshot_takes_it_no_second_time_and_loses_none(tmp_path:
         assert snapshots.moments == [10, 20, 30, 40]
 
 
+def test_a_moment_that_was_lost_is_taken_at_the_next_update(tmp_path: Path) -> None:
+    """Saved at 30, killed before the files of 30 were written: 31 stands in for it."""
+    live = walk()
+    averages = polyak.Averages(live, PAIR)
+    with polyak.Snapshots(averages, tmp_path, every=10):
+        train(averages, live, range(1, 31))
+    for path in tmp_path.glob("*30.safetensors"):
+        path.unlink()
+    again = polyak.Averages(live, PAIR)
+    again.load_state_dict(averages.state_dict())
+    with polyak.Snapshots(again, tmp_path, every=10) as snapshots:
+        train(again, live, range(31, 46))
+        assert snapshots.moments == [10, 20, 31, 40]
+
+
 def other_names() -> polyak.Averages:
     live = {"v": torch.zeros(8, dtype=torch.float64)}
     averages = polyak.Averages(live, PAIR)
