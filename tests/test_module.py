@@ -1652,3 +1652,65 @@ def test_module_of_an_average_that_never_updated_warns_once() -> None:
     with pytest.warns(polyak.AveragingWarning, match="module:"):
         average.module()
     average.module()
+
+
+# ── loading into the module ──────────────────────────────────────────────────────────────────────
+
+
+@both_widths
+def test_what_is_loaded_into_the_module_is_in_the_average(dtype: torch.dtype) -> None:
+    """Parameters and statistics, shared or copied, also after a cast there and back."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(dtype)
+    average = polyak.Average(model, polyak.Exponential(decay=0.5, debias=False))
+    teacher = average.module()
+    teacher.half()
+    teacher.to(dtype)
+    nines = {
+        name: torch.full_like(value, 9) if value.is_floating_point() else value
+        for name, value in teacher.state_dict().items()
+    }
+
+    teacher.load_state_dict(nines)
+
+    assert all(bool((tensor == 9).all()) for tensor in average.tensors.values())
+    average.update()
+    expected = {name: (9 + value.float()) / 2 for name, value in model.state_dict().items()}
+    for name, value in average.tensors.items():
+        torch.testing.assert_close(value.float(), expected[name])
+
+
+def test_loading_into_the_module_leaves_the_trainable_live_model_alone() -> None:
+    """A live head that trains is copied into the module, not shared with it."""
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    teacher = polyak.Average(model, include="body.*").module()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    teacher.load_state_dict({name: torch.full_like(v, 9) for name, v in before.items()})
+
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_live_weights_in_the_averages_memory_are_refused() -> None:
+    """`param.data = teacher.param.data` would average itself for ever, without an error."""
+    model = nn.Linear(2, 2)
+    average = polyak.Average(model)
+    teacher = average.module()
+    average.update()
+    model.weight.data = teacher.get_parameter("weight").data
+
+    with pytest.raises(polyak.MatchError, match="memory of their own"):
+        average.update()
+
+
+def test_a_deepcopy_is_freed_without_the_collector() -> None:
+    """No cycle: copies of every epoch would pile up on a GPU, which never calls the collector."""
+    teacher = polyak.Average(nn.Linear(2, 2)).module()
+    gc.disable()
+    try:
+        copied = weakref.ref(copy.deepcopy(teacher))
+        assert copied() is None
+    finally:
+        gc.enable()
+    woken = copy.deepcopy(teacher)
+    assert woken.train().training
+    woken.load_state_dict(nn.Linear(2, 2).state_dict())

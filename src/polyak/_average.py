@@ -123,8 +123,9 @@ class Uses:
         weights with a float32 average, an average on another device) they are copies, made again
         after each update; `dtype=torch.float32` makes a bf16 model's share. Buffers are always
         such copies, since a forward pass may write them. Frozen parameters share the live model's
-        memory. What is no tensor is as it was at the call. While such a module is alive,
-        `applied()` needs a copy of what it shares.
+        memory: writing into those writes into the live model. What is no tensor is as it was at
+        the call. What `load_state_dict` loads into the module is in the average. While such a
+        module is alive, `applied()` needs a copy of what it shares.
 
         A `copy.deepcopy` of it stands still, and is an ordinary module that `train()` wakes.
 

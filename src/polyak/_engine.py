@@ -499,6 +499,11 @@ class Engine:
         if self._cached is not None and [place_of(t) for t in live] == self._cached[0]:
             return
         self.check_live()
+        if self.live_memory() & memory_of(tensor for row in self.rows for tensor in row.tensors):
+            raise MatchError(
+                "live weights must have memory of their own, got some that lie in the average's: "
+                "it would average itself. Write the average into a model with copy_to."
+            )
         self.drop_plans()
         if self._device is None:
             for row in self.rows:

@@ -2,8 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from types import MethodType
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,11 +61,11 @@ def averaged_module(
         )
     for part in module.modules():
         part.training = False
-        # Else the `train()` of a parent, which it calls on all its children, would undo this.
-        part.__dict__["train"] = _StayInEval(part)
+        part.__dict__["train"] = _StayInEval(part, "train")
         for parameter in part._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
+    module.__dict__["load_state_dict"] = _LoadIntoAverage(module, view)
     view.update()
     engine.views[id(view)] = view.update
     # The module is what people hold: when they drop it, nothing is left to bring up to date.
@@ -80,26 +79,63 @@ def _forget(engine: "weakref.ref[Engine]", key: int) -> None:
         alive.views.pop(key, None)
 
 
-class _StayInEval:
-    """In the place of a module's `train`: nothing changes.
+class _Instead:
+    """In the place of a method of one module.
 
     A copy or a pickle of the module is an ordinary module again. The module is held weakly: in a
     cycle with itself its memory would wait for the garbage collector.
     """
 
-    def __init__(self, part: nn.Module) -> None:
-        self._part = weakref.ref(part)
+    def __init__(self, part: nn.Module, name: str) -> None:
+        self._part, self._name = weakref.ref(part), name
+
+    def usual(self, *args: Any, **named: Any) -> Any:
+        """What the class of the module would do."""
+        part = self._part()
+        return getattr(type(part), self._name)(part, *args, **named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Instead":
+        copied = memo.get(id(self._part()))
+        return self if copied is None else _AsUsual(copied, self._name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._part(), self._name)
+
+
+class _AsUsual(_Instead):
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.usual(*args, **named)
+
+
+class _StayInEval(_Instead):
+    """Else the `train()` of a parent, which it calls on all its children, would wake the module."""
 
     def __call__(self, mode: bool = True) -> nn.Module | None:
         return self._part()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        part = self._part()
-        copied = memo.get(id(part))
-        return self if part is None or copied is None else MethodType(type(part).train, copied)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._part(), "train")
+class _LoadIntoAverage(_Instead):
+    """What is loaded into the module is loaded into the average, where it is a copy too."""
+
+    def __init__(self, part: nn.Module, view: "_View") -> None:
+        super().__init__(part, "load_state_dict")
+        self._view = weakref.ref(view)  # as long as the engine lives, which the module outlives
+
+    def __call__(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        view = self._view()
+        if view is None:
+            return self.usual(state_dict, strict=strict, assign=assign)
+        if assign:
+            raise ArgumentError(
+                "assign must be False for a module that shows an average, got True: it would hold "
+                "other tensors. Load without it, or into a copy.deepcopy of the module."
+            )
+        view.before_load()
+        found = self.usual(state_dict, strict=strict)
+        view.after_load()
+        return found
 
 
 # ── which tensor shows what ──────────────────────────────────────────────────────────────────────
@@ -165,8 +201,12 @@ class _View:
         return live.dtype, live.device
 
     def _shares(self, entry: Entry) -> bool:
-        """Whether its memory may be shared. A forward pass may write buffers, so theirs is not."""
-        if entry.live().layout != torch.strided:
+        """Whether its memory may be shared.
+
+        Not with buffers, which a forward pass may write, nor with what trains in the live model.
+        """
+        live = entry.live()
+        if live.layout != torch.strided or (entry.role == "live" and live.requires_grad):
             return False
         return entry.kind != "buffer" or (entry.role == "average" and self._share_buffers)
 
@@ -201,6 +241,26 @@ class _View:
                 copies.append((plain(shown), plain(value)))
         if copies:
             torch._foreach_copy_([shown for shown, _ in copies], [value for _, value in copies])
+
+    def before_load(self) -> None:
+        """Share again what was cast and cast back, so that a load reaches the average."""
+        self._engine.check_not_lent("load_state_dict")
+        self.update()
+
+    @torch.no_grad()
+    def after_load(self) -> None:
+        """Take over into the average what was loaded into copies of it."""
+        row = self._engine.rows[self._row]
+        for entry, owner, key in self._places:
+            shown = owner.get(key)
+            if shown is None or entry.role != "average":
+                continue
+            tensor = row.tensors[self._engine.slots[entry.name]]
+            if shown.data_ptr() != tensor.data_ptr():
+                tensor.copy_(plain(shown))
+        row.norms = {}
+        self._engine.after_load()
+        self._engine.show()
 
     def _may_share(self, entry: Entry, shown: Tensor, value: Tensor) -> bool:
         """Where dtype and device agree, and where we shared before and the average has moved."""
@@ -245,7 +305,7 @@ def _copy_of(model: nn.Module | None, view: _View) -> nn.Module:
                 memo[id(value)] = value  # one for all modules of a process
     try:
         copied = copy.deepcopy(model, memo)
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ArgumentError(

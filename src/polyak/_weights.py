@@ -1,6 +1,8 @@
 """The full set of tensors that an average stands for: to load, to save, to write into a module."""
 
 import copy
+import math
+import numbers
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 
@@ -74,8 +76,7 @@ def copy_to(
 
     Names, shapes and kinds are compared before anything is written.
     """
-    if not (isinstance(share, int | float) and 0.0 < share <= 1.0):
-        raise ArgumentError(f"share must be above 0 and at most 1, got {share!r}.")
+    share = _checked_share(share)
     target = take_inventory(module)
     check_memory_not_lent((entry.live() for entry in target.entries), "copy_to")
     coverage, pairs = pair(engine.inventory, target, names=names, partial=partial)
@@ -99,6 +100,14 @@ def copy_to(
     if all_seen and any(there is entry.live() for entry, there, _ in moves):
         engine.note_own_write()  # feedback is not training
     return coverage
+
+
+def _checked_share(share: object) -> float:
+    is_number = isinstance(share, numbers.Real) and not isinstance(share, bool)
+    number = float(share) if is_number else math.nan  # type: ignore[arg-type]
+    if not 0.0 < number <= 1.0:
+        raise ArgumentError(f"share must be above 0 and at most 1, got {share!r}.")
+    return number
 
 
 @torch.no_grad()
