@@ -50,6 +50,7 @@ study-docs: $(READY) ## The committed study results of docs/: about a quarter of
 	$(BIN)/polyak study regression --seeds 10 --jobs 2 --out docs/studies/regression --force
 	$(BIN)/polyak study text --seeds 5 --jobs 2 --out docs/studies/text --force
 	$(BIN)/polyak study digits --seeds 5 --jobs 2 --out docs/studies/digits --force
+	$(BIN)/python benchmarks/lengths/picture.py
 
 # An environment of its own: what other libraries need must never reach polyak's. They come without
 # their dependencies, which are all in the list, so that nothing replaces the pinned torch; a package

@@ -6,8 +6,8 @@ A small network finds the bright box in a noisy image. Gradients are accumulated
 under automatic mixed precision; the average is updated after each step that the optimizer really
 takes, validated after each epoch, and kept in the best and in the last checkpoint.
 
-Both hold what YOLOv5's do: epoch, best fitness, model and average in half precision, the number of
-updates, the optimizer. From half precision no run goes on bit for bit, so a last entry, "exact",
+Both hold what YOLOv5's do: epoch, best fitness, model and average in half precision (a tensor
+beyond its range in full), the number of updates, the optimizer. From half precision no run goes on bit for bit, so a last entry, "exact",
 holds the float32 weights, the average with its clock, and the scaler. Kill the run and start it
 again with the same folder: it ends with the bits of a run that was never stopped.
 
@@ -150,8 +150,8 @@ class Run:
         return {
             "epoch": self.epoch,
             "best_fitness": self.best_fitness,
-            "model": {n: t.half() if t.is_floating_point() else t for n, t in weights.items()},
-            "ema": ema.average.weights(dtype=torch.float16),  # refuses what half cannot hold
+            "model": in_half(weights),
+            "ema": in_half(ema.average.weights()),
             "updates": ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "exact": {
@@ -173,6 +173,17 @@ class Run:
         if self.ema is not None:
             self.ema.average.load_state_dict(exact["average"])
         self.epoch, self.best_fitness = state["epoch"] + 1, state["best_fitness"]
+
+
+def in_half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Floating weights in half precision, but for a tensor with values beyond its range.
+
+    Such a tensor stays as it is: infinities would make the file useless, and an error would end a
+    run of days at its checkpoint. `load_state_dict` takes either dtype.
+    """
+    halved = {name: tensor.half() for name, tensor in weights.items() if tensor.is_floating_point()}
+    fits = {n: h for n, h in halved.items() if torch.equal(h.isfinite(), weights[n].isfinite())}
+    return weights | fits
 
 
 def nothing(step: int) -> None:

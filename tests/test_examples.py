@@ -138,3 +138,22 @@ def test_feedback_calms_the_live_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     ratios = load("feedback", monkeypatch).main()
     assert ratios["Lookahead"] == pytest.approx(0.44297, rel=0.03)
     assert all(ratio < 1.0 for ratio in ratios.values())
+
+
+def test_a_length_chosen_afterwards_beats_the_last_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On data that chose nothing; all lengths scored were planned, and the best is inside."""
+    result = load("choose_length", monkeypatch).main(tmp_path)
+    shortest, longest = result.plan.shortest, result.plan.longest
+    widths = [point.target.sigma_rel for point in result.sweep.points]
+    assert shortest is not None
+    assert longest is not None
+    assert shortest * 0.99 <= min(widths) < max(widths) <= longest  # the plan looks more coarsely
+    assert result.sweep.best not in (result.sweep.points[0], result.sweep.points[-1])
+    assert result.averaged < 0.95 * result.live
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "averaged.safetensors",
+        "run",
+        "scores.json",
+    ]

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.collections import PolyCollection
 from scipy import stats
 from torch import Tensor, nn
 
-from polyak import After, ArgumentError, AveragingError, InverseGamma, Uniform
+from polyak import (
+    After,
+    ArgumentError,
+    Averages,
+    AveragingError,
+    InverseGamma,
+    Power,
+    Snapshots,
+    Uniform,
+    gamma_from_sigma_rel,
+    sweep,
+)
 from polyak.study import (
     TASKS,
     Averaged,
@@ -39,8 +52,9 @@ from polyak.study import (
 )
 from polyak.study._curves import early_stop, overtakes, spread, spreads
 from polyak.study._findings import Findings, assemble
+from polyak.study._keep import Lengths, Rebuilt
 from polyak.study._methods import ARTICLE, LIVE, article_ema, check_methods
-from polyak.study._plots import LIGHT, _over_seeds, small_multiples
+from polyak.study._plots import LIGHT, _over_seeds, lengths_drawn, pictures, small_multiples
 from polyak.study._results import measure
 from polyak.study._statistics import detectable, gains, paired
 from polyak.study._train import EVEN, ODD, Curve, Moment, Run, batches
@@ -97,7 +111,9 @@ SMALL = Task(
     methods=small_methods,
     control=True,
     title="<b>a small task</b>",
+    snapshots=0,  # each of them costs milliseconds of disk, which few tests need
 )
+KEPT = replace(SMALL, snapshots=32)  # one a step
 
 
 def broken_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -573,7 +589,7 @@ def mean_of(weights: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> di
 
 @pytest.fixture(scope="module")
 def small_study() -> Study:
-    return run_study(SMALL, seeds=2, jobs=1)
+    return run_study(KEPT, seeds=2, jobs=1)
 
 
 def _run_of(study: Study, kind: str, seed: int) -> Run:
@@ -681,22 +697,228 @@ def test_every_row_is_seen_once_a_pass() -> None:
     assert next(batches(pair, size=10, seed=0))[0] is pair[0]
 
 
+# ---------------------------------------------------------------- many lengths from one run
+
+
+def power_shares(sigma_rel: float, steps: int) -> list[float]:
+    """Weights of a power function, updated at every step: the integral of its density there."""
+    ends = (np.arange(steps + 1) / steps) ** (gamma_from_sigma_rel(sigma_rel) + 1.0)
+    return [float(share) for share in np.diff(ends)]
+
+
+def rebuilt_of(study: Study, seed: int) -> Lengths:
+    found = _run_of(study, "ordinary", seed).lengths
+    assert found is not None
+    return found
+
+
+def test_rebuilt_lengths_are_the_weighted_sums(small_study: Study) -> None:
+    """Every length scores as the slow sum of the plain loop's weights, on both parts."""
+    seen = plain_loop(0, epochs=8)
+    lengths = rebuilt_of(small_study, 0)
+    served = [one for one in lengths.curve if one.figures]
+    assert [one.name for one in served][-3:] == ["power 0.16", "power 0.2", "power 0.25"]
+    assert len(served) >= 6
+    for one in served:
+        shares = power_shares(float(one.name.split()[1]), len(seen))
+        expected = validation_mse(mean_of(seen, shares))
+        # float16 rounds each weight by up to 5e-4 of its size; the profile is within 1 %.
+        assert one.figures["validation"]["MSE"] == pytest.approx(expected, rel=5e-3)
+        ages = len(seen) - np.arange(1, len(seen) + 1)
+        assert one.share == pytest.approx(float(ages @ np.asarray(shares)) / len(seen))
+    for one in lengths.tracked:
+        online = _run_of(small_study, "ordinary", 0).curves[one.name]
+        assert one.figures["validation"]["MSE"] == pytest.approx(
+            online.validation["MSE"][-1], rel=5e-3
+        )
+        assert one.figures["test"]["R2"] == pytest.approx(online.test["R2"][-1], abs=1e-3)
+    assert [one.name for one in lengths.tracked] == ["EMA 0.8", "EMA 0.9"]  # not the plain one
+    assert lengths.moments == 32
+
+
+def test_the_curve_is_that_of_polyak_sweep(tmp_path: Path, small_study: Study) -> None:
+    """A person's own loop, with Snapshots and sweep on the same data: the same scores and best."""
+    torch.manual_seed(0)
+    model = small_model()
+    averages = Averages(model, {"short": Power(sigma_rel=0.05), "long": Power(sigma_rel=0.10)})
+    with Snapshots(averages, tmp_path, every=1):
+        for weights in plain_loop(0, epochs=8):
+            model.load_state_dict(weights)
+            averages.update()
+    inputs, targets = small_data().validation
+
+    def score(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float(nn.functional.mse_loss(net(inputs), targets))
+
+    served = [one for one in rebuilt_of(small_study, 0).curve if one.figures]
+    widths = [Power(sigma_rel=float(one.name.split()[1])) for one in served]
+    found = sweep(tmp_path, score, model=model, lengths=widths, higher_is_better=False)
+    assert [point.score for point in found.points] == [
+        one.figures["validation"]["MSE"] for one in served
+    ]
+    lengths = run_study(replace(KEPT, control=False), seeds=[0]).findings.lengths
+    assert lengths is not None
+    assert lengths.sweep.best.target == found.best.target
+    assert [p.target for p in lengths.plateau] == [p.target for p in found.plateau]
+
+
+def test_keeping_snapshots_leaves_training_alone() -> None:
+    """Lengths are scored when the run stops and training goes on after that: the same bits."""
+    task = replace(SMALL, epochs=60, patience=2, control=False)
+    without, kept = (
+        _run_of(run_study(replace(task, snapshots=count), seeds=[0]), "ordinary", 0)
+        for count in (0, 8)
+    )
+    assert len(kept.train_loss) > kept.stop  # it did go on
+    assert kept.curves == without.curves
+    assert kept.train_loss == without.train_loss
+    assert without.lengths is None
+    assert kept.lengths is not None
+    # At most 8 while it went, and the moment of the stop.
+    assert 4 <= kept.lengths.moments <= 8
+    assert kept.lengths.curve[0].error > 0.01
+    assert kept.lengths.curve[0].figures == {}  # so few do not resolve the shortest
+    seen = plain_loop(0, epochs=kept.stop)
+    one = next(one for one in kept.lengths.curve if one.name == "power 0.1")
+    expected = validation_mse(mean_of(seen, power_shares(0.1, len(seen))))
+    assert one.figures["validation"]["MSE"] == pytest.approx(expected, rel=5e-3)
+
+
+def test_the_folder_of_snapshots_is_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a run, and after one that broke with snapshots on disk."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    task = replace(KEPT, snapshots=4, epochs=2, control=False)
+    run_study(task, seeds=1)
+    assert list(tmp_path.iterdir()) == []
+    held: list[int] = []
+
+    def measure(outputs: Tensor, targets: Tensor) -> Tensor:
+        held.append(len(list(tmp_path.rglob("*.safetensors"))))
+        raise ValueError("boom")
+
+    with pytest.raises(RunError, match="boom"):
+        run_study(replace(task, metrics={"MSE": Metric(measure)}), seeds=1)
+    assert held[-1] >= 2  # there was something to remove
+    assert list(tmp_path.iterdir()) == []
+
+
+def lengths_with(validation: Sequence[float], test: Sequence[float]) -> Lengths:
+    """Three lengths with these figures, and none for the shortest, which is not resolved."""
+    figures = [
+        {"validation": {"MSE": v}, "test": {"MSE": t}}
+        for v, t in zip(validation, test, strict=True)
+    ]
+    curve = [
+        Rebuilt(f"power {width}", share, 1e-4, found)
+        for width, share, found in zip((0.05, 0.1, 0.2), (0.05, 0.11, 0.26), figures, strict=True)
+    ]
+    first = Rebuilt("power 0.01", 0.01, 0.5, {})
+    return Lengths((first, *curve), (), 64, 1_000, training=10.0, keeping=1.0, rebuilding=2.0)
+
+
+def chosen() -> Findings:
+    """Four seeds: of the lengths validation picks the middle one, of two EMAs the first.
+
+    Seed 3 by itself would pick the longest and the second EMA. Test data like the longest best.
+    """
+    test = [[1.0, 0.80, 0.78], [1.0, 0.81, 0.78], [1.0, 0.79, 0.78], [1.0, 0.90, 0.7]]
+    validation = [[1.0, 0.5, 0.6], [1.0, 0.5, 0.6], [1.0, 0.5, 0.6], [1.0, 0.6, 0.5]]
+    emas = {  # name -> a pair of validation and test a seed
+        "EMA 0.8": [(0.5, 0.82), (0.5, 0.80), (0.5, 0.80), (0.6, 0.85)],
+        "EMA 0.9": [(0.6, 0.90), (0.6, 0.90), (0.6, 0.90), (0.5, 0.75)],
+    }
+    runs = []
+    for seed in range(4):
+        curves = {LIVE: Curve(1, {"MSE": [2.0]}, {"MSE": [2.0]})}
+        for name, pairs in emas.items():
+            curves[name] = Curve(1, {"MSE": [pairs[seed][0]]}, {"MSE": [pairs[seed][1]]})
+        lengths = lengths_with(validation[seed], test[seed])
+        runs.append(replace(run_with(curves, stop=1, seed=seed), lengths=lengths))
+        runs.append(replace(runs[-1], kind="decayed", lengths=None))
+    return assemble(
+        replace(SMALL, metrics={"MSE": Metric(nn.functional.mse_loss)}, epochs=1),
+        (ema(0.8), ema(0.9)),
+        (0, 1, 2, 3),
+        runs,
+        data={"train": 64, "validation": 16, "test": 16},
+        ensemble={},
+        seconds=0.0,
+        jobs=1,
+        versions={},
+    )
+
+
+def test_lengths_are_picked_on_validation_and_judged_on_test() -> None:
+    """Once over all seeds, and once in each run; against EMAs that were picked the same way."""
+    findings = chosen()
+    lengths = findings.lengths
+    assert lengths is not None
+    assert lengths.names == ("power 0.05", "power 0.1", "power 0.2")  # 0.01 is not resolved
+    assert (lengths.best, lengths.rival) == ("power 0.1", "EMA 0.8")
+    together = np.log([0.82 / 0.80, 0.80 / 0.81, 0.80 / 0.79, 0.85 / 0.90])
+    assert lengths.together.gain.differences == pytest.approx(together)
+    interval = stats.ttest_1samp(together, 0.0).confidence_interval(0.95)
+    assert lengths.together.gain.low == pytest.approx(interval.low)
+    assert lengths.alone.lengths == ("power 0.1",) * 3 + ("power 0.2",)
+    assert lengths.alone.rivals == ("EMA 0.8",) * 3 + ("EMA 0.9",)
+    alone = np.log([0.82 / 0.80, 0.80 / 0.81, 0.80 / 0.79, 0.75 / 0.70])
+    assert lengths.alone.gain.differences == pytest.approx(alone)
+    said = " ".join(findings.verdict.sentences)
+    assert "validation picks power 0.1 (mean age 11 % of the run" in said
+    assert "judged on test data, it is within noise of EMA 0.8, tracked online (geometric" in said
+
+
+def test_the_band_holds_the_line_where_the_two_differ_within_noise() -> None:
+    """By geometry: an interval around 0 is a band around the level of the best EMA."""
+    findings = chosen()
+    lengths = findings.lengths
+    assert lengths is not None
+    axis = lengths_drawn(findings, LIGHT).axes[0]
+    (band,) = [shape for shape in axis.collections if isinstance(shape, PolyCollection)]
+    corners = np.asarray(band.get_paths()[0].vertices)
+    level = float(np.exp(np.log([0.82, 0.80, 0.80, 0.85]).mean()))
+    for point, gain in zip(lengths.sweep.points, lengths.gains, strict=True):
+        heights = corners[np.isclose(corners[:, 0], point.share), 1]
+        inside = bool(heights.min() <= level <= heights.max())
+        assert inside == (gain.low <= 0.0 <= gain.high)
+        assert heights.min() == pytest.approx(level * math.exp(-gain.high))
+    assert any(gain.finding != "uncertain" for gain in lengths.gains)  # both cases were seen
+
+
+def test_no_lengths_are_claimed_where_a_seed_has_none(small_study: Study) -> None:
+    """Without snapshots there is no table, no picture and no sentence of them."""
+    bare = run_study(replace(SMALL, epochs=2, control=False), seeds=1)
+    assert bare.findings.lengths is None
+    assert "lengths" not in pictures(bare.findings)
+    assert not any(table.title.startswith("Many lengths") for table in bare.tables)
+    assert "afterwards" not in str(bare.verdict)
+    assert "afterwards" in str(small_study.verdict)
+
+
 # ---------------------------------------------------------------- a study from end to end
 
 
 def test_a_study_from_end_to_end(tmp_path: Path, small_study: Study) -> None:
     """Two processes, the same figures as one; a page that needs nothing else; strict JSON."""
     moments: list[Moment] = []
-    study = run_study(SMALL, seeds=2, jobs=2, tell=moments.append)
+    study = run_study(KEPT, seeds=2, jobs=2, tell=moments.append)
     for one, other in zip(study.findings.runs, small_study.findings.runs, strict=True):
         assert (one.kind, one.seed) == (other.kind, other.seed)
+        assert (one.lengths is None) == (other.lengths is None) == (one.kind != "ordinary")
+        if one.lengths is not None and other.lengths is not None:
+            assert one.lengths.curve == other.lengths.curve
+            assert one.lengths.tracked == other.lengths.tracked
         assert one.curves == other.curves  # every figure of every curve, bit for bit
         assert one.train_loss == other.train_loss
     assert {(m.seed, m.kind) for m in moments} == {
         (seed, kind) for seed in (0, 1) for kind in ("ordinary", "decayed", "control")
     }
     out = study.save(tmp_path / "out")
-    pictures = {"loss.png", "metric.png", "methods.png", "weights.png", "differences.png"}
+    names = ("loss", "metric", "methods", "weights", "differences", "lengths")
+    pictures = {f"{name}.png" for name in names}
     assert {p.name for p in out.iterdir()} == pictures | {"report.html", "results.json"}
     for name in pictures:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -706,7 +928,7 @@ def test_a_study_from_end_to_end(tmp_path: Path, small_study: Study) -> None:
 
 def _check_page(page: str, study: Study) -> None:
     links = re.findall(r'(?:src|href|srcset)="([^"]*)"', page)
-    assert len(links) == 10  # five pictures, light and dark
+    assert len(links) == 12  # six pictures, light and dark
     assert all(link.startswith("data:image/png;base64,") for link in links)
     assert "<script" not in page
     assert "<b>a small task" not in page  # what a task says is text, not markup
@@ -756,7 +978,7 @@ def exploding(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("changes", [{"epochs": 1}, {"epochs": 3, "optimizer": exploding}])
 def test_poor_runs_get_a_page_too(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Curves of one point have no spread; a diverged run has no figures; both have a report."""
-    study = run_study(replace(SMALL, control=False, **changes), seeds=1)
+    study = run_study(replace(KEPT, control=False, **changes), seeds=1)
     assert (study.save(tmp_path / "out") / "report.html").exists()
     assert study.verdict.answer == "not shown"
 
@@ -816,6 +1038,7 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], said: str
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
         ({"batch": -1}, "batch must be 1 or more"),
         ({"patience": 0}, "patience must be 1 or more"),
+        ({"snapshots": 3}, "snapshots must be 4 or more, or 0, got 3"),
         ({"metrics": {}}, "metrics must hold at least one"),
     ],
 )
@@ -945,12 +1168,13 @@ def test_text_predicts_the_character_that_follows() -> None:
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_every_task_runs(name: str) -> None:
     """One evaluation of each task that comes with the library, with all its methods."""
-    task = TASKS[name]()
-    found = run_study(task, seeds=1, epochs=1, control=False)
+    task = replace(TASKS[name](), snapshots=8)
+    found = run_study(task, seeds=1, epochs=1, control=False).findings
     assert all(
         math.isfinite(row.values["stop"]["validation"][task.judge][0])
-        for row in found.findings.outcome.rows.values()
+        for row in found.outcome.rows.values()
     )
+    assert found.runs[0].lengths is not None
 
 
 # ---------------------------------------------------------------- the results kept in docs/studies
@@ -1061,19 +1285,24 @@ def test_a_study_read_back_is_the_study(tmp_path: Path, small_study: Study) -> N
         patched.setattr(_folder, "pictures", lambda study: {})
         patched.setattr(_folder, "page", lambda *_, **__: "<!doctype html>")
         out = small_study.save(tmp_path / "out", command="polyak study small")
-        again = Study.load(out, task=SMALL)
+        again = Study.load(out, task=KEPT)
         assert again.verdict == small_study.verdict
         assert again.tables == small_study.tables
         assert again.findings.command == "polyak study small"
         again.save(out, force=True)
         before = json.loads((out / "results.json").read_text())
-        assert before["runs"] == Study.load(out, task=SMALL).results["runs"]
+        assert before["runs"] == Study.load(out, task=KEPT).results["runs"]
+        older = {**before, "format_number": 2}  # written before a run kept snapshots
+        older["runs"] = [{k: v for k, v in r.items() if k != "lengths"} for r in before["runs"]]
+        (out / "results.json").write_text(json.dumps(older))
+        assert Study.load(out, task=KEPT).findings.lengths is None
+        assert Study.load(out, task=KEPT).verdict.headline == small_study.verdict.headline
     with pytest.raises(ArgumentError, match="task must be given"):
         Study.load(out)
     with pytest.raises(ArgumentError, match="task must be the one that was studied"):
-        Study.load(out, task=replace(SMALL, batch=8))
+        Study.load(out, task=replace(KEPT, batch=8))
     with pytest.raises(ArgumentError, match=r"got a study that holds \['EMA 0.9', "):
-        Study.load(out, task=replace(SMALL, methods=lambda steps: (ema(0.8),)))
+        Study.load(out, task=replace(KEPT, methods=lambda steps: (ema(0.8),)))
     with pytest.raises(ArgumentError, match=r"folder must hold the results\.json of a study"):
         Study.load(tmp_path)
 
@@ -1109,3 +1338,16 @@ def test_docs_quote_the_kept_results(name: str) -> None:
     assert kept.verdict.headline in page
     assert f"`{found['command']}`" in page
     assert kept.verdict.title in " ".join((root / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize("name", ["digits", "text"])
+def test_docs_quote_the_lengths_of_the_kept_results(name: str) -> None:
+    """docs/lengths.md says of length against EMA, and of the cost, what the kept figures say."""
+    kept = Study.load(STUDIES / name)
+    text = (Path(__file__).parents[1] / "docs" / "lengths.md").read_text()
+    page = " ".join(text.replace("\n>", "\n").split())
+    said = [s for s in kept.verdict.sentences if s.startswith(("Any length", "Where both"))]
+    assert len(said) == 2
+    (note,) = [table.note for table in kept.tables if table.title.startswith("Many lengths")]
+    for sentence in (*said, note[note.index("All of it costs") :]):
+        assert sentence in page

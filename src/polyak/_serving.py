@@ -50,7 +50,7 @@ class SnapshotReport:
         lines = [f"{name}: {rule}" for name, rule in self.averages.items()]
         lines.append(
             f"{many} moment{'s' if many > 1 else ''} from {show_time(self.moments[0])} to "
-            f"{show_time(self.moments[-1])}, {self.stored_bytes / 1e6:,.1f} MB"
+            f"{show_time(self.moments[-1])}, {_size(self.stored_bytes)}"
         )
         lines.append(
             "serves no length"
@@ -157,6 +157,10 @@ def _border(bad: float, good: float, is_good: Callable[[float], bool]) -> float:
         else:
             bad = middle
     return good
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def _age(sigma_rel: float) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from polyak.study import TASKS, Study, run_study
 
@@ -94,6 +95,53 @@ def test_on_a_decayed_rate_averaging_adds_less_than_a_hundredth_of_a_nat() -> No
     assert abs(sum(rival) - sum(both)) / 5 < 0.005
 
 
+@pytest.mark.parametrize("name", ["digits", "text"])
+def test_the_length_found_afterwards_is_as_good_as_the_best_ema_tracked(name: str) -> None:
+    """Five seeds, both picked in each run on validation: on test data the interval holds 0.
+
+    Read from the runs alone, with scipy's interval; and so where both are picked once for all.
+    """
+    found = kept(name)
+    assert found["seeds"] == list(range(5))
+    relative = found["task"]["metrics"]["NLL"]["compare"] == "relative"
+    runs = [run for run in found["runs"] if run["kind"] == "ordinary"]
+    emas = [one["name"] for one in runs[0]["lengths"]["tracked"] if one["name"].startswith("EMA")]
+    assert len(emas) == 5
+    gains = []
+    for run in runs:
+        ends = {ema: last(run, ema) for ema in emas}
+        rival = min(ends.values(), key=lambda pair: pair[0])[1]
+        curve = [one["figures"] for one in run["lengths"]["curve"] if one["figures"]]
+        best = min(curve, key=lambda one: one["validation"]["NLL"])["test"]["NLL"]
+        gains.append(math.log(rival / best) if relative else rival - best)
+    interval = stats.ttest_1samp(gains, 0.0).confidence_interval(0.95)
+    assert interval.low <= 0.0 <= interval.high
+    said = found["lengths"]["picked_alone"]["gain"]
+    assert (said["low"], said["high"]) == pytest.approx((interval.low, interval.high), abs=1e-6)
+    together = found["lengths"]["picked_together"]["gain"]
+    assert together["low"] <= 0.0 <= together["high"]
+
+
+def last(run: dict[str, Any], method: str) -> tuple[float, float]:
+    """Validation and test value of a method at the stop of a run."""
+    curve = run["curves"][method]
+    place = run["stop"] - curve["first"]
+    return curve["validation"]["NLL"][place], curve["test"]["NLL"][place]
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_the_whole_curve_costs_one_training(name: str) -> None:
+    """Of every seed one run; what was kept and rebuilt took less time than its steps."""
+    found = kept(name)
+    runs = [run for run in found["runs"] if run["kind"] == "ordinary"]
+    assert [run["seed"] for run in runs] == found["seeds"]
+    assert len(found["lengths"]["curve"]) >= 8
+    for run in runs:
+        lengths = run["lengths"]
+        assert 16 <= lengths["moments"] <= 32
+        assert lengths["keeping"] + lengths["rebuilding"] < lengths["training"]
+
+
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_kept_figures_follow_from_the_kept_curves(name: str) -> None:
     """Measured anew from its curves, every study says what its file says."""
@@ -101,6 +149,7 @@ def test_kept_figures_follow_from_the_kept_curves(name: str) -> None:
     again = Study.load(STUDIES / name).results
     assert again["verdict"] == found["verdict"]
     assert again["ordinary"]["stops"] == found["ordinary"]["stops"]
+    assert again["lengths"]["best"] == found["lengths"]["best"]
 
 
 def test_the_text_claim_holds_when_it_is_run_anew() -> None:

@@ -58,8 +58,8 @@ class Lengths:
         moments: how many moments were on disk.
         bytes: what they took there.
         training: seconds that the optimizer steps took, averages and evaluations left out.
-        keeping: seconds of those steps' updates of the two averages that were kept, and of waiting
-            for the disk.
+        keeping: seconds more for updating the two averages that were kept, and for waiting until
+            they were on disk.
         rebuilding: seconds that it took to rebuild and to score all of `curve` and `tracked`.
     """
 
@@ -126,9 +126,11 @@ class Keeper:
             look: scores what the model holds.
             training: seconds that the steps took.
         """
+        started = time.perf_counter()
         if self._snapshots.moments[-1:] != [self._averages["short"].now]:
             self._snapshots.take()
         self._snapshots.close()
+        self.seconds += time.perf_counter() - started
         started = time.perf_counter()
         held = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
         run = open_run(self._folder)

@@ -1,7 +1,7 @@
 """Metric against length, from one run a seed: which is best, and is it as good as one tracked?"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from polyak._sweep import Point, Sweep
 
 from ._keep import WIDTHS, Lengths, Rebuilt
 from ._methods import LIVE, Averaged, Method, has_length
-from ._results import Outcome, picked
+from ._results import Outcome, Row, picked
 from ._statistics import Paired, gains, paired
 from ._task import Task
 from ._train import Run
@@ -68,11 +68,7 @@ class LengthFindings:
         together: length and EMA picked once, over all seeds.
         alone: length and EMA picked in each run from that run: what one run lets one do.
         tracked: averages tracked online beside their reconstructions.
-        moments: moments on disk, mean over the seeds; and so for what follows.
-        bytes: what they took.
-        training: seconds of all optimizer steps.
-        keeping: seconds for the two averages that were kept and for waiting for the disk.
-        rebuilding: seconds to rebuild and score all that is shown here.
+        kept: what each run kept, and what it took.
     """
 
     names: tuple[str, ...]
@@ -84,11 +80,7 @@ class LengthFindings:
     together: Standing
     alone: Standing
     tracked: tuple[Tracked, ...]
-    moments: float
-    bytes: float
-    training: float
-    keeping: float
-    rebuilding: float
+    kept: tuple[Lengths, ...]
 
     @property
     def best(self) -> str:
@@ -122,14 +114,8 @@ def length_findings(
         higher_is_better=task.metrics[task.judge].better == "higher",
     )
     best = list(points)[sweep.points.index(sweep.best)]
-    seeds = range(len(kept))
-    lengths = [
-        read.best({n: read.validation(line[k]) for n, (line, _) in points.items()}) for k in seeds
-    ]
-    emas = [
-        read.best({n: outcome.rows[n].values["stop"]["validation"][task.judge][k] for n in rivals})
-        for k in seeds
-    ]
+    once = Standing((best,) * len(kept), (rival,) * len(kept), read.gain(level, values[best]))
+    lines = {name: line for name, (line, _) in points.items()}
     return LengthFindings(
         names=tuple(points),
         sweep=sweep,
@@ -137,24 +123,27 @@ def length_findings(
         rival=rival,
         level=level,
         gains=tuple(read.gain(level, line) for line in values.values()),
-        together=Standing(
-            (best,) * len(kept), (rival,) * len(kept), read.gain(level, values[best])
-        ),
-        alone=Standing(
-            tuple(lengths),
-            tuple(emas),
-            read.gain(
-                [outcome.figures(emas[k], "stop", task.judge)[k] for k in seeds],
-                [values[lengths[k]][k] for k in seeds],
-            ),
-        ),
+        together=once,
+        alone=_picked_alone(read, lines, {name: outcome.rows[name] for name in rivals}),
         tracked=_tracked(read, kept, outcome),
-        moments=_mean([each.moments for each in kept]),
-        bytes=_mean([each.bytes for each in kept]),
-        training=_mean([each.training for each in kept]),
-        keeping=_mean([each.keeping for each in kept]),
-        rebuilding=_mean([each.rebuilding for each in kept]),
+        kept=tuple(kept),
     )
+
+
+def _picked_alone(
+    read: "_Reader", lines: Mapping[str, Sequence[Rebuilt]], rivals: Mapping[str, Row]
+) -> Standing:
+    """Length and EMA picked in each run by its own validation data."""
+    lengths, emas, before, after = [], [], [], []
+    for seed in range(len(next(iter(lines.values())))):
+        mine = read.best({n: read.validation(line[seed]) for n, line in lines.items()})
+        held = {n: row.values["stop"] for n, row in rivals.items()}
+        theirs = read.best({n: v["validation"][read.judge][seed] for n, v in held.items()})
+        lengths.append(mine)
+        emas.append(theirs)
+        before.append(held[theirs][read.part][read.judge][seed])
+        after.append(read.judged(lines[mine][seed]))
+    return Standing(tuple(lengths), tuple(emas), read.gain(before, after))
 
 
 class _Reader:
@@ -174,7 +163,7 @@ class _Reader:
         metric = self.metric
         return paired(gains(before, after, better=metric.better, compare=metric.compare))
 
-    def best(self, values: dict[str, float]) -> str:
+    def best(self, values: Mapping[str, float]) -> str:
         """The name of the best value; one that is not finite is worst."""
         sign = 1.0 if self.metric.better == "lower" else -1.0
         return min(values, key=lambda n: sign * values[n] if math.isfinite(values[n]) else math.inf)

@@ -544,13 +544,14 @@ def lengths_drawn(study: Findings, theme: Theme) -> Figure:
     lengths = study.lengths
     assert lengths is not None
     several = len(lengths.level) > 1
-    figure = Figure(figsize=(9.6, 4.2), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(9.6, 4.6), dpi=_DPI, layout="constrained")
     axes: list[Axes] = list(figure.subplots(1, 2 if several else 1, squeeze=False).flat)
     _against_length(axes[0], study, lengths, theme)
     axes[0].set_title(f"{len(lengths.level)} seeds, one run each" if several else "one run")
     for axis in axes[1:]:
         _seeds_against(axis, study, lengths, theme)
     figure.supxlabel(_AGE, fontsize=_SIZE)
+    _legend_above(figure, axes[0])
     return figure
 
 
@@ -558,11 +559,25 @@ def lengths_alone(study: Findings, theme: Theme) -> Figure:
     """Metric against length over all seeds, as a picture of its own."""
     lengths = study.lengths
     assert lengths is not None
-    figure = Figure(figsize=(8.0, 4.0), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(8.0, 4.4), dpi=_DPI, layout="constrained")
     axis: Axes = figure.subplots()
     _against_length(axis, study, lengths, theme)
+    runs = len(lengths.level)
+    axis.set_title(
+        f"{study.task.name}: every length from one run"
+        + (f" a seed; mean of {runs} seeds, 95 % paired interval" if runs > 1 else "")
+    )
     axis.set_xlabel(_AGE)
+    _legend_above(figure, axis)
     return figure
+
+
+def _legend_above(figure: Figure, axis: Axes) -> None:
+    """What the marks of a panel mean, where no mark can be."""
+    marks, names = axis.get_legend_handles_labels()
+    figure.legend(
+        marks, names, loc="outside upper center", ncols=3, frameon=False, fontsize=_SIZE - 1
+    )
 
 
 def _against_length(axis: Axes, study: Findings, lengths: LengthFindings, theme: Theme) -> None:
@@ -581,7 +596,14 @@ def _against_length(axis: Axes, study: Findings, lengths: LengthFindings, theme:
         zorder=0,
         label="nearly as good on validation",
     )
-    axis.axhline(level, color=theme.rival, linewidth=1.0, linestyle=(0, (5, 3)), zorder=2)
+    axis.axhline(
+        level,
+        color=theme.rival,
+        linewidth=1.0,
+        linestyle=(0, (5, 3)),
+        zorder=2,
+        label=f"{lengths.rival}, picked on validation",
+    )
     if len(lengths.level) > 1:
         ends = [[_moved(level, end, metric) for end in (g.low, g.high)] for g in lengths.gains]
         low, high = np.sort(np.asarray(ends), axis=1).T
@@ -603,7 +625,7 @@ def _against_length(axis: Axes, study: Findings, lengths: LengthFindings, theme:
         color=theme.average,
         markersize=7,
         zorder=5,
-        label="picked on validation",
+        label=f"{lengths.best}, picked on validation",
     )
     for is_power, colour in ((False, theme.rival), (True, theme.average)):
         dots = [each for each in lengths.tracked if each.name.startswith("power") == is_power]
@@ -620,7 +642,6 @@ def _against_length(axis: Axes, study: Findings, lengths: LengthFindings, theme:
         )
     _shares_along(axis, [*shares, *(each.share for each in lengths.tracked)])
     axis.grid(axis="y")
-    axis.legend(frameon=False, fontsize=_SIZE - 1, loc="best")
     if metric.compare == "absolute" and metric.scale != 1.0:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y * metric.scale:g}"))
     unit = f", {metric.unit}" if metric.unit else ""
@@ -630,7 +651,7 @@ def _against_length(axis: Axes, study: Findings, lengths: LengthFindings, theme:
 def _seeds_against(axis: Axes, study: Findings, lengths: LengthFindings, theme: Theme) -> None:
     """One thin line a seed: its difference to the best EMA, above 0 where it is better."""
     metric = study.task.metrics[study.task.judge]
-    factor = 1.0 if metric.compare == "relative" else metric.scale
+    relative = metric.compare == "relative"
     shares = [point.share for point in lengths.sweep.points]
     table = np.asarray(
         [
@@ -639,15 +660,12 @@ def _seeds_against(axis: Axes, study: Findings, lengths: LengthFindings, theme: 
         ]
     )
     axis.axhline(0.0, color=theme.rival, linewidth=1.0, linestyle=(0, (5, 3)), zorder=2)
-    axis.plot(shares, factor * table, color=theme.average, linewidth=0.9, alpha=0.8, zorder=3)
+    table = 100.0 * np.vectorize(metric.shown)(table) if relative else metric.scale * table
+    axis.plot(shares, table, color=theme.average, linewidth=0.9, alpha=0.8, zorder=3)
     _shares_along(axis, shares)
     axis.grid(axis="y")
-    if metric.compare == "relative":
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * metric.shown(y):.2g} %"))
-        axis.set_ylabel(f"gain over {lengths.rival}")
-    else:
-        unit = f", {metric.unit}" if metric.unit else ""
-        axis.set_ylabel(f"gain over {lengths.rival}{unit}")
+    unit = "%" if relative else metric.unit
+    axis.set_ylabel(f"gain over {lengths.rival}" + (f", {unit}" if unit else ""))
     axis.set_title("each seed by itself")
 
 

@@ -12,7 +12,7 @@ from ._methods import DECAYED, LIVE
 from ._metrics import Metric
 from ._results import RULES, Outcome, Row, Rule
 from ._statistics import Paired, gains, paired
-from ._verdict import amount, percent, smaller, three, when
+from ._verdict import amount, percent, plateau, smaller, three, when
 
 NONE = "\N{EN DASH}"
 GAIN = "gain [95 %], better in (sign test)"
@@ -238,7 +238,7 @@ def lengths_table(study: Findings, lengths: LengthFindings) -> Table:
         NONE,
         _gain(lengths.alone.gain, metric),
     )
-    first, last = lengths.plateau
+    moments = _mean([each.moments for each in lengths.kept])
     return Table(
         "Many lengths from one run",
         (
@@ -250,11 +250,11 @@ def lengths_table(study: Findings, lengths: LengthFindings) -> Table:
             f"against {lengths.rival} {GAIN}",
         ),
         (*rows, *([alone] if len(study.seeds) > 1 else [])),
-        f"Power functions rebuilt from {lengths.moments:.0f} snapshots of two averages, 0.05 and "
+        f"Power functions rebuilt from {moments:.0f} snapshots of two averages, 0.05 and "
         f"0.10, a run; figures on {study.outcome.part} data, means over seeds. {HOW} "
         f"{_rival_clause(study, lengths)}; marked, the length that validation picks by the same "
-        f"rule (nearly as good from {percent(first.share)} to {percent(last.share)}); last row: "
-        "length and EMA both picked anew in each run. " + _cost(lengths),
+        f"rule ({plateau(lengths)}); last row: length and EMA both picked anew in each run. "
+        + _cost(lengths),
         lengths.names.index(lengths.best),
     )
 
@@ -269,12 +269,21 @@ def _rival_clause(study: Findings, lengths: LengthFindings) -> str:
 
 def _cost(lengths: LengthFindings) -> str:
     """What the curve cost beside the training that it came from."""
-    many = len(lengths.names) + len(lengths.tracked)
+    kept = lengths.kept
+    training, keeping, rebuilding = (
+        number(_mean(values), 2)
+        for values in (
+            [each.training for each in kept],
+            [each.keeping for each in kept],
+            [each.rebuilding for each in kept],
+        )
+    )
+    disk = _bytes(round(_mean([each.bytes for each in kept])))
+    many = sum(bool(one.figures) for one in (*kept[0].curve, *kept[0].tracked))
     return (
-        f"All of it costs one training a seed: {number(lengths.training, 2)} s for the optimizer "
-        f"steps, {number(lengths.keeping, 2)} s more for keeping the two averages and writing them "
-        f"({_bytes(round(lengths.bytes))} on disk), and afterwards {number(lengths.rebuilding, 2)} "
-        f"s for rebuilding and scoring {many} averages."
+        f"All of it costs one training a seed: {training} s for the optimizer steps, {keeping} s "
+        f"more for keeping the two averages and writing them ({disk} on disk), and afterwards "
+        f"{rebuilding} s for rebuilding and scoring {many} averages."
     )
 
 

@@ -124,7 +124,7 @@ class Task:
     combine: Callable[[Tensor], Tensor] = mean_outputs
     control: bool = False
     short_epochs: int | None = None
-    snapshots: int = 64
+    snapshots: int = 32
     title: str = ""
     notes: tuple[str, ...] = field(default=())
     published: Published | None = None

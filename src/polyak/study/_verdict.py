@@ -211,11 +211,7 @@ def gain_clause(gain: Paired, metric: Metric, name: str, *, when: str) -> str:
     said = f"({interval(gain, metric)}{lost})"
     answer = answer_of(gain, metric)
     if answer == "little":
-        size = "{:g} {}".format(
-            metric.small * (100.0 if metric.compare == "relative" else metric.scale),
-            "%" if metric.compare == "relative" else metric.unit,
-        ).strip()
-        return f"{name} {when} changes little {said}: less than {size} either way"
+        return f"{name} {when} changes little {said}: less than {_small(metric)} either way"
     if answer == "yes":
         least = min(gain.differences)
         each = f", by {at_least(least, metric)} or more in each" if least > 0 else ""
@@ -223,6 +219,13 @@ def gain_clause(gain: Paired, metric: Metric, name: str, *, when: str) -> str:
     if answer == "no":
         return f"{name} {when} gets worse {said}"
     return f"the gain in {name} {when} is uncertain {said}"
+
+
+def _small(metric: Metric) -> str:
+    """The smallest change worth having, for people."""
+    relative = metric.compare == "relative"
+    size = metric.small * (100.0 if relative else metric.scale)
+    return f"{size:g} {'%' if relative else metric.unit}".strip()
 
 
 def calm_of(calm: Calm) -> Answer:
@@ -355,33 +358,41 @@ def _pick(task: Task, outcome: Outcome) -> list[str]:
 
 def _afterwards(task: Task, outcome: Outcome, lengths: LengthFindings) -> list[str]:
     """The best length that was chosen after training, and the best that was tracked in it."""
-    first, last = lengths.plateau
     judged = "judged on test data" if outcome.part == "test" else "judged on the rows that picked"
     rival = "the live weights" if lengths.rival == LIVE else f"{lengths.rival}, tracked online"
     chosen = (
         f"Any length afterwards: of {len(lengths.names)}, all rebuilt from snapshots of the same "
         f"run, validation picks {lengths.best} (mean age {percent(lengths.sweep.best.share)} of "
-        f"the run; nearly as good from {percent(first.share)} to {percent(last.share)}); {judged}, "
-        f"it {_beside(task, lengths.together)} {rival}."
+        f"the run; {plateau(lengths)}); {judged}, it {_beside(task, lengths.together, rival)}."
     )
+    ends = {lengths.names[0]: "shortest", lengths.names[-1]: "longest"}
+    edge = _edge(lengths.best, ends.get(lengths.best, ""))
     if len(lengths.level) < 2:
-        return [chosen]
+        return [chosen, *edge]
     other = "the live weights" if lengths.rival == LIVE else "the best that was tracked online"
     return [
         chosen,
+        *edge,
         "Where both are picked in each run by itself, as with one run one must, the rebuilt length "
-        f"{_beside(task, lengths.alone)} {other}.",
+        f"{_beside(task, lengths.alone, other)}.",
     ]
 
 
-def _beside(task: Task, standing: Standing) -> str:
-    """How a rebuilt length stands to one tracked online: "is within noise (...) of"."""
+def plateau(lengths: LengthFindings) -> str:
+    """The lengths around the best that validation finds nearly as good."""
+    first, last = lengths.plateau
+    if first == last:
+        return "no other is nearly as good"
+    return f"nearly as good from {percent(first.share)} to {percent(last.share)}"
+
+
+def _beside(task: Task, standing: Standing, other: str) -> str:
+    """How a rebuilt length stands to one tracked online: "is within noise of ..."."""
     metric, gain = task.metrics[task.judge], standing.gain
-    said = {"better": "better", "worse": "worse"}.get(gain.finding)
-    close = ", and as good for what is worth having" if answer_of(gain, metric) == "little" else ""
-    if said is None:
-        return f"is within noise{close} ({interval(gain, metric)}) of"
-    return f"is {said}{close} ({interval(gain, metric)}) than"
+    said = {"better": "is better than", "worse": "is worse than", "uncertain": "is within noise of"}
+    is_little = answer_of(gain, metric) == "little"
+    close = f": less than {_small(metric)} either way" if is_little else ""
+    return f"{said[gain.finding]} {other} ({interval(gain, metric)}){close}"
 
 
 def _rival(task: Task, outcome: Outcome) -> list[str]:
