@@ -7,9 +7,10 @@ under automatic mixed precision; the average is updated after each step that the
 takes, validated after each epoch, and kept in the best and in the last checkpoint.
 
 Both hold what YOLOv5's do: epoch, best fitness, model and average in half precision (a tensor
-beyond its range in full), the number of updates, the optimizer. From half precision no run goes on bit for bit, so a last entry, "exact",
-holds the float32 weights, the average with its clock, and the scaler. Kill the run and start it
-again with the same folder: it ends with the bits of a run that was never stopped.
+beyond its range in full), the number of updates, the optimizer. From half precision no run goes on
+bit for bit, so a last entry, "exact", holds the float32 weights, the average with its clock, and
+the scaler. Kill the run and start it again with the same folder: it ends with the bits of a run
+that was never stopped.
 
 Under DistributedDataParallel only the main process (RANK 0, or none) keeps an average, validates
 and writes; the others train. Nothing has to be sent, since DDP keeps their weights equal.

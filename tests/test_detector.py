@@ -212,3 +212,23 @@ def test_the_shadow_loop_and_polyak_s_lines_are_the_same(monkeypatch: pytest.Mon
     assert result.shadow == result.average
     assert len(result.live) == 6
     assert result.average[-1] < result.live[-1] / 2
+
+
+def test_a_tensor_beyond_half_precision_is_kept_in_full(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1e5 is no float16: in the live model and in the average that tensor alone stays float32."""
+    name = "layers.1.running_var"
+    build = example.Detector.__init__
+
+    def wide(detector: Any) -> None:
+        build(detector)
+        detector.state_dict()[name].fill_(1e5)
+
+    monkeypatch.setattr(example.Detector, "__init__", wide)
+    run = example.Run()
+    state = run.checkpoint(run.ema)
+    for part in ("model", "ema"):
+        assert state[part][name].tolist() == [1e5] * 8
+        assert state[part]["layers.0.weight"].dtype == torch.float16
+        example.Detector().load_state_dict(state[part])

@@ -428,3 +428,21 @@ def test_what_has_nothing_to_average_is_refused() -> None:
     ema = EMA(all_frozen(), DECAY)
     with pytest.raises(polyak.ArgumentError, match="something to average"):
         ema.register()
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_shadow_of_a_wrapped_or_compiled_model_loads(prefix: str) -> None:
+    model = net()
+    ema = EMA(model, DECAY)
+    ema.shadow = {prefix + name: value + 1.0 for name, value in trainable(model).items()}
+    check(ema.shadow, {name: value + 1.0 for name, value in trainable(model).items()})
+
+
+def test_a_shadow_holds_tensors_only() -> None:
+    """A list is refused by name, and nothing is written."""
+    ema = EMA(net(), DECAY)
+    ema.register()
+    before = ema.shadow["two.bias"].clone()
+    with pytest.raises(polyak.ArgumentError, match=r"list for 'two\.bias'"):
+        ema.shadow["two.bias"] = [1.0, 2.0]  # type: ignore[assignment]
+    assert torch.equal(ema.shadow["two.bias"], before)

@@ -405,3 +405,19 @@ def test_a_function_is_read_at_each_apply_only() -> None:
     assert value(ema, v) == [1.0, 2.0]
     ema.apply({"v": v})
     assert value(ema, v) == pytest.approx(COUNTED[1], rel=1e-6)
+
+
+def test_a_variable_has_one_average() -> None:
+    """Under a second name it is refused, before anything moves; a list knows its name."""
+    v = variable()
+    ema = ExponentialMovingAverage(0.5)
+    ema.apply([v])
+    grow(v)
+    with pytest.raises(polyak.MatchError, match="'v' must have the name it had, 'Variable'"):
+        ema.apply({"v": v})
+    assert len(ema.averages) == 1
+    assert ema.averages[0].updates == 1
+    named = ExponentialMovingAverage(0.5)
+    named.apply({"v": v})
+    named.apply([v])
+    assert [average.updates for average in named.averages] == [2]

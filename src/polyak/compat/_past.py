@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
-import numpy as np
 from torch import Tensor
 
 from .._average import Average
@@ -25,6 +24,7 @@ def take_up(
 
     Raises:
         MatchError: other names or shapes. Nothing is changed then.
+        ArgumentError: fewer than no updates.
         OrderError: inside `applied()`.
     """
     state = average.state_dict()
@@ -43,6 +43,6 @@ def take_up(
         "steps": 0,
         "history": [[1, updates, 0]] if updates else [],
     }
-    saved["memory"] = asdict(memory_after(average.schedule, np.arange(1, updates + 1)))
+    saved["memory"] = asdict(memory_after(average.schedule, updates))
     saved["past"] = []
     average.load_state_dict(state)

@@ -1,38 +1,51 @@
 """An `nn.Module` with an average inside: its files, its moves, and the model it follows."""
 
+import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._average import Average
-from .._engine import count_holders, kind
+from .._engine import check_undamaged, count_holders, kind
 from .._errors import ArgumentError, MatchError, OrderError
 from .._history import History
 from .._identities import schedule_state
+from .._module import _Instead, averaged_module
 from .._roles import bare, take_inventory
 from .._schedules import Schedule
 from .._state import LOADING
 from ._memory import memory_after
-
-_WRAPPERS = ("module.", "_orig_mod.")  # what DDP and compile put before the names in a file
+from ._prefix import bare_names
 
 
 class AverageModule(nn.Module):
     """What wrappers that hold an averaged model as a child have in common.
 
     The child shows the average. Where the two differ in dtype it is a rounded copy, so files are
-    written from the average itself, and read into it. How many updates there were stands in
-    buffers that people read, load and set: they are the truth, and the clock follows them.
+    written from the average itself, and read into it. How many updates there were stands in a
+    buffer that people read, load and set, and on the average's own clock: what both were when this
+    class last wrote them tells which of them somebody has moved since.
     """
 
     _child: ClassVar[str]  # the attribute, and so the prefix in files
+    _counter: ClassVar[str]  # the buffer that counts
 
     def __init__(self) -> None:
         super().__init__()
         self._average: Average | None = None
+        self._seen: tuple[int, tuple[int, float]] = (0, (0, 0))  # the counter and the clock
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another child: what it holds would not be in the average."""
+        if name == self._child and value is not getattr(self, name, self):
+            raise OrderError(
+                f"{name} must stay the module that shows the average, got another "
+                f"{type(value).__name__}. Load into it: {name}.load_state_dict(other.state_dict())."
+            )
+        super().__setattr__(name, value)
 
     @property
     def average(self) -> Average:
@@ -50,24 +63,94 @@ class AverageModule(nn.Module):
         raise NotImplementedError
 
     def _restore_clock(self) -> None:
-        """Set the average's clock to what the counters say."""
+        """Set the average's clock to what the counter says."""
         raise NotImplementedError
+
+    def _accept_average(self, *, counted: bool) -> None:
+        """Go on from an average that was updated, loaded or reset by itself, or refuse to.
+
+        Args:
+            counted: whether the counter was set as well.
+        """
+        raise NotImplementedError
+
+    # ── the counter and the clock ────────────────────────────────────────────────────────────────
+
+    def _count(self) -> int:
+        """What the counter says."""
+        counter: Tensor = getattr(self, self._counter)
+        return _checked_count(self._counter, counter)
+
+    def _reconcile(self) -> None:
+        """Bring counter and clock together where one of them was moved from outside."""
+        count, clock = self._seen
+        counted = self._count() != count
+        if (self.average.updates, self.average.now) != clock:
+            self._accept_average(counted=counted)
+        elif counted:
+            self._restore_clock()
+        self._note()
+
+    def _note(self) -> None:
+        """Remember counter and clock as they are now, which is as they belong together."""
+        self._seen = self._count(), (self.average.updates, self.average.now)
 
     # ── the averaged module ──────────────────────────────────────────────────────────────────────
 
     def _show(self, average: Average) -> nn.Module:
         """A copy of the live model that shows `average`, with a `train` that works."""
-        shown = average.module()
+        shown = averaged_module(
+            average._engine,
+            average._row,
+            average._engine.inventory.model,
+            share_buffers=True,  # what is loaded into the child itself is in the average then
+            before=average._refresh,
+        )
         _unpin(shown)
         return shown
+
+    def _adopt_child(self, child: nn.Module) -> None:
+        """Make `child` the module that shows the average."""
+        super().__setattr__(self._child, child)
+        self._watch_loads()
+
+    def _watch_loads(self) -> None:
+        """Hear of it when somebody loads into the child itself."""
+        child = getattr(self, self._child)
+        child.__dict__["load_state_dict"] = _LoadIntoOwner(child, self)
+
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        """Make what was loaded into the child that of the average.
+
+        Where the child is a rounded copy, elements to which the average rounds keep all digits.
+        """
+        engine, child = self.average._engine, getattr(self, self._child)
+        loaded, shown = child.state_dict(), take_inventory(child)
+        for entry, tensor in zip(engine.entries, engine.rows[0].tensors, strict=True):
+            value = shown.entries[shown.index[entry.name]].live().to(tensor.device)
+            if value.data_ptr() != tensor.data_ptr():
+                same = tensor.to(value.dtype) == value
+                loaded[entry.name] = torch.where(same, tensor, value.to(tensor.dtype))
+        self._write(loaded, "")
 
     def _fill(self, average: Average, child: nn.Module) -> None:
         """Let `child` show `average` from now on, in its own dtype and where it is."""
         tensors = [t for t in (*child.parameters(), *child.buffers()) if t.is_floating_point()]
         dtypes, devices = {t.dtype for t in tensors}, {t.device for t in tensors}
         modes = [part.training for part in child.modules()]
-        average.module(factory=lambda: child, dtype=dtypes.pop() if len(dtypes) == 1 else None)
+        averaged_module(
+            average._engine,
+            average._row,
+            average._engine.inventory.model,
+            factory=lambda: child,
+            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            share_buffers=True,
+            before=average._refresh,
+        )
         _unpin(child)
+        if getattr(self, self._child, None) is child:
+            self._watch_loads()
         for part, training in zip(child.modules(), modes, strict=True):
             part.training = training
         if len(devices) == 1:
@@ -99,13 +182,20 @@ class AverageModule(nn.Module):
 
     def _go_on_after(self, updates: int, every: int = 1) -> None:
         """Set clock, history and memory as `updates` have left them: at 1, 1 + every, ..."""
-        engine, times = self.average._engine, 1 + every * np.arange(updates)
+        engine = self.average._engine
         row, runs = engine.rows[0], [[1, 1, 0], [every, updates - 1, 0]]
         if every == 1 or updates < 2:
             runs = [[1, updates, 0]] if updates else []
-        now = int(times[-1]) if updates else 0
+        memory = memory_after(row.schedule, updates, every=every)
+        now = 1 + every * (updates - 1) if updates else 0
         engine.set_clock(0, now, updates, 0, History.from_state(runs))
-        row.memory, row.past = memory_after(row.schedule, times), []
+        row.memory, row.past = memory, []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come out of a copy or a pickle."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._average is not None:
+            self._watch_loads()
 
     # ── moves ────────────────────────────────────────────────────────────────────────────────────
 
@@ -135,7 +225,18 @@ class AverageModule(nn.Module):
     def state_dict(  # type: ignore[override]  # torch has overloads for positional arguments
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Return the keys of the original, with the average in the dtype it is kept in."""
+        """Return the keys of the original, with the average in the dtype it is kept in.
+
+        Raises:
+            OrderError: the average was moved by itself, in a way that the counter cannot tell.
+        """
+        if self._average is not None:
+            self._reconcile()
+        return self._state(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _state(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         state: dict[str, Any] = super().state_dict(
             destination=destination, prefix=prefix, keep_vars=keep_vars
         )
@@ -158,7 +259,7 @@ class AverageModule(nn.Module):
             OrderError: inside `applied()`.
         """
         self._check_loadable(state_dict, "", assign)
-        mine, theirs = self.state_dict(), self._adapted(state_dict, "")
+        mine, theirs = self._state(), self._adapted(state_dict, "")
         missing, extra = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
         if strict and (missing or extra):
             raise MatchError(
@@ -184,9 +285,10 @@ class AverageModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self._average is not None:
             self._restore_clock()
+            self._note()
             self._write(state_dict, f"{prefix}{self._child}.")
 
-    def _check_loadable(self, state: Mapping[str, Any], prefix: str, assign: bool) -> None:
+    def _check_may_load(self, assign: bool) -> None:
         if assign:
             raise ArgumentError(
                 "assign must be False, got True: other parameter objects would no longer be those "
@@ -194,8 +296,14 @@ class AverageModule(nn.Module):
             )
         if self._average is not None:
             self._average._engine.check_not_lent("load_state_dict")
+
+    def _check_loadable(self, state: Mapping[str, Any], prefix: str, assign: bool) -> None:
+        self._check_may_load(assign)
         theirs = self._adapted(state, prefix)
-        for key, mine in self.state_dict(prefix=prefix).items():
+        counted = theirs.get(f"{prefix}{self._counter}")
+        if isinstance(counted, Tensor) and counted.numel() == 1:
+            _checked_count(f"{prefix}{self._counter}", counted)
+        for key, mine in self._state(prefix=prefix).items():
             value = theirs.get(key)
             if not (isinstance(mine, Tensor) and isinstance(value, Tensor)):
                 continue
@@ -208,17 +316,20 @@ class AverageModule(nn.Module):
                 )
 
     def _adapted(self, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        """The state under our names: a copy of a wrapped model is saved with the wrapper's."""
+        """The state under our names: a copy of a wrapped model is saved with the wrapper's.
+
+        Counters may be one element in a list, as old versions have them.
+        """
         start = f"{prefix}{self._child}."
-        names = {key[len(start) :]: key for key in state if key.startswith(start)}
         known = self.average._engine.inventory.index if self._average is not None else {}
-        while names and not any(name in known for name in names):
-            wrapper = next((w for w in _WRAPPERS if all(n.startswith(w) for n in names)), None)
-            if wrapper is None:
-                break
-            names = {name.removeprefix(wrapper): key for name, key in names.items()}
-        renamed = {key: start + name for name, key in names.items()}
-        return {renamed.get(key, key): value for key, value in state.items()}
+        bare_ = bare_names((key[len(start) :] for key in state if key.startswith(start)), known)
+        renamed = {start + name: start + short for name, short in bare_.items()}
+        adapted = {renamed.get(key, key): value for key, value in state.items()}
+        for name in self._buffers:
+            value = adapted.get(f"{prefix}{name}")
+            if isinstance(value, Tensor) and value.shape == (1,):
+                adapted[f"{prefix}{name}"] = value.reshape(())
+        return adapted
 
     @torch.no_grad()
     def _write(self, state: Mapping[str, Any], start: str) -> None:
@@ -241,6 +352,37 @@ class AverageModule(nn.Module):
         row.norms = norms
         engine.after_load()
         engine.show()
+
+
+class _LoadIntoOwner(_Instead):
+    """What is loaded into a child is loaded into the average, statistics and all digits included.
+
+    A copy of the child alone is an ordinary module; one of the whole watches its own child.
+    """
+
+    def __init__(self, child: nn.Module, owner: AverageModule) -> None:
+        super().__init__(child, "load_state_dict")
+        self._owner = weakref.ref(owner)
+
+    def __call__(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        owner = self._owner()
+        if owner is None:
+            return self.usual(state_dict, strict=strict, assign=assign)
+        owner._check_may_load(assign)
+        check_undamaged(owner.average._engine.rows[0])
+        found = self.usual(state_dict, strict=strict)
+        owner._take_over()
+        return found
+
+
+def _checked_count(name: str, counter: Tensor) -> int:
+    """The number in a counter; `ArgumentError` where it counts nothing."""
+    count: float = counter.item()
+    if not 0 <= count < math.inf:
+        raise ArgumentError(f"{name} must be a count, at least 0, got {count!r}.")
+    return int(count)
 
 
 def _unpin(module: nn.Module) -> None:

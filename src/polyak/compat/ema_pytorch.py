@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._average import Average
 from .._engine import frames_to_the_user, is_count
-from .._errors import ArgumentError, AveragingWarning, OrderError
+from .._errors import ArgumentError, AveragingWarning, OrderError, show_time
 from .._history import History
 from .._roles import Role, bare
 from ._warm_up import WarmUp, check_share
@@ -96,7 +96,7 @@ class EMA(AverageModule):
         (torch.Size([1, 1]), 1, True)
     """
 
-    _child = "ema_model"
+    _child, _counter = "ema_model", "step"
     initted: Tensor
     step: Tensor
     online_model: nn.Module | list[nn.Module]
@@ -146,7 +146,6 @@ class EMA(AverageModule):
         self.forward_method_names = forward_method_names
         self._check_settings()
         self.online_model = model if include_online_model else [model]
-        self._calls = 0  # what `step` was when we last wrote it
         with torch.inference_mode(False):
             self.register_buffer("initted", torch.tensor(False))
             self.register_buffer("step", torch.tensor(0))
@@ -187,10 +186,12 @@ class EMA(AverageModule):
 
     def _adopt(self, average: Average, shown: nn.Module) -> None:
         methods = {name: getattr(shown, name) for name in self.forward_method_names}
-        self._average, self.ema_model = average, shown
+        self._average = average
+        self._adopt_child(shown)
         for name, method in methods.items():
             setattr(self, name, method)
         self._stay_with_child()
+        self._note()
 
     def _made(self) -> nn.Module:
         """The averaged model; `OrderError` where there is none yet."""
@@ -234,15 +235,16 @@ class EMA(AverageModule):
         """Count one call, and fold in the live weights where it is the turn of this one.
 
         Raises:
-            OrderError: inside `average.applied()`.
+            ArgumentError: `step` below 0.
+            OrderError: inside `average.applied()`; an average that was updated, loaded or reset by
+                itself, of which `step` and `initted` cannot tell.
             MatchError: a layer that was replaced or resized.
         """
         if self._average is None:
             self.init_ema()
+        self._reconcile()
         self._follow(self.model)
-        before, starts = int(self.step), not bool(self.initted)
-        if before != self._calls:
-            self._restore_clock()
+        before, starts = self._count(), not bool(self.initted)
         if starts or before % self.update_every == 0:
             self._act(before + 1, starts)
         every = self.update_model_with_ema_every
@@ -250,7 +252,7 @@ class EMA(AverageModule):
             self.update_model_with_ema()
         self.step += 1
         self.initted.fill_(True)
-        self._calls = before + 1
+        self._note()
 
     def _act(self, call: int, starts: bool) -> None:
         """Update the average at this call; on `starts` all of it is copied."""
@@ -449,9 +451,18 @@ class EMA(AverageModule):
         return average
 
     def _restore_clock(self) -> None:
-        self._calls, every = int(self.step), self.update_every
+        every = self.update_every
         self._use(self._warm_up())
-        self._go_on_after((self._calls + every - 1) // every, every)
+        self._go_on_after((self._count() + every - 1) // every, every)
+
+    def _accept_average(self, *, counted: bool) -> None:
+        updates, now = self._seen[1]
+        raise OrderError(
+            "average must be updated, loaded and reset by its EMA only, got it at "
+            f"{self.average.updates} updates, time {show_time(self.average.now)}, where the EMA "
+            f"left it at {updates}, time {show_time(now)}. Load with load_state_dict of the EMA, "
+            "which mends this too; to update by hand use polyak.Average without an EMA."
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self._average is None and any(
@@ -465,13 +476,6 @@ class EMA(AverageModule):
         if self._average is None and any(key.startswith("ema_model.") for key in state_dict):
             self.init_ema()
         return super().load_state_dict(state_dict, strict, assign)
-
-    def _adapted(self, state: Any, prefix: str) -> dict[str, Any]:
-        adapted = super()._adapted(state, prefix)
-        for key in (f"{prefix}initted", f"{prefix}step"):
-            if key in adapted and adapted[key].numel() == 1:  # old versions: one element in a list
-                adapted[key] = adapted[key].reshape(())
-        return adapted
 
 
 def _role(name: str, tensor: Tensor) -> Role | None:

@@ -12,6 +12,7 @@ from .._average import Average
 from .._errors import ArgumentError, MatchError, OrderError
 from .._schedules import Exponential
 from ._past import take_up
+from ._prefix import bare_names
 
 
 @final
@@ -23,7 +24,7 @@ class EMA:
     The loop is: `register()` once, `update()` after each step of the optimizer, `apply_shadow()`
     before evaluation, `restore()` after it. A shadow that was saved with `torch.save(ema.shadow)`,
     here or by the class this replaces, is taken up by assignment, `ema.shadow = torch.load(…)`;
-    a file of a wrapped model too.
+    a file of a wrapped or compiled model too.
 
     What is better:
 
@@ -214,6 +215,11 @@ class _Shadow(MutableMapping[str, Tensor]):
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         self._average._engine.check_not_lent("an assignment to shadow")
+        if not isinstance(value, Tensor):
+            raise ArgumentError(
+                f"shadow must hold tensors, got {type(value).__name__} for {name!r}. "
+                "Pass torch.as_tensor(value)."
+            )
         ours = self._tensors.get(name)
         if ours is None or ours.shape != value.shape:
             raise MatchError(
@@ -235,11 +241,9 @@ class _Shadow(MutableMapping[str, Tensor]):
 
 
 def _bare_names(shadow: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by canonical name: the prefix of a wrapped model is stripped."""
+    """The tensors by canonical name: the prefixes of a wrapped model are stripped."""
     wrong = [name for name, value in shadow.items() if not isinstance(value, Tensor)]
     if wrong:
         raise ArgumentError(f"shadow must hold tensors by name, got something else in {wrong[:3]}.")
-    prefix = "module."
-    if set(shadow) != set(ours) and all(name.startswith(prefix) for name in shadow):
-        return {name.removeprefix(prefix): value for name, value in shadow.items()}
-    return dict(shadow)
+    names = bare_names(shadow, ours)
+    return {names[name]: value for name, value in shadow.items()}

@@ -71,7 +71,7 @@ class AveragedModel(AverageModule):
         (1, After(start=1, schedule=Exponential(decay=0.99, debias=False)))
     """
 
-    _child = "module"
+    _child, _counter = "module", "n_averaged"
     module: nn.Module
     n_averaged: Tensor
 
@@ -93,7 +93,7 @@ class AveragedModel(AverageModule):
             device = torch.device(device)
         self._device = None if device is None else check_device(device)
         self._average = self._build(model)
-        self.module = self._show(self._average)
+        self._adopt_child(self._show(self._average))
         for part, live in zip(self.module.modules(), bare(model).modules(), strict=True):
             part.training = live.training
         with torch.inference_mode(False):
@@ -111,19 +111,21 @@ class AveragedModel(AverageModule):
 
         Raises:
             MatchError: a model with other tensors than the first one.
-            OrderError: inside `average.applied()`; a setting that was changed.
+            ArgumentError: `n_averaged` below 0.
+            OrderError: inside `average.applied()`; a setting that was changed; `n_averaged` and
+                the average both set from outside, to different counts.
         """
         if self._settings() != self._built_with:
             raise OrderError(
                 "avg_fn, multi_avg_fn and use_buffers must stay as they were at construction, got "
                 "others. Build another AveragedModel and load the state_dict() of this one."
             )
+        self._reconcile()
         self._follow(model)
-        count = int(self.n_averaged)
-        if count != self.average.now:
-            self._restore_clock()
-        self.average.update(now=count + 1)
+        # The time is said, since an optimizer may be followed as well.
+        self.average.update(now=self.average.now + 1)
         self.n_averaged += 1
+        self._note()
 
     def _settings(self) -> tuple[Any, ...]:
         return self.avg_fn, self.multi_avg_fn, self.use_buffers
@@ -138,7 +140,16 @@ class AveragedModel(AverageModule):
         return None if self.use_buffers or isinstance(tensor, nn.Parameter) else "live"
 
     def _restore_clock(self) -> None:
-        self._go_on_after(int(self.n_averaged))
+        self._go_on_after(self._count())
+
+    def _accept_average(self, *, counted: bool) -> None:
+        updates = self.average.updates
+        if counted and self._count() != updates:
+            raise OrderError(
+                f"n_averaged must be {updates}, as the average says that was updated, loaded or "
+                f"reset by itself, got {self._count()}. Set one of the two only."
+            )
+        self.n_averaged.fill_(updates)
 
     def _keep_statistics(self) -> None:
         """Make the running statistics that `module` holds now those of the average."""

@@ -108,7 +108,7 @@ class ExponentialMovingAverage:
         Raises:
             ArgumentError: not floating tensors; computed ones without a name or `zero_debias`.
             MatchError: a part of the variables that came in together; another shape, or another
-                parameter object, under a known name.
+                parameter object, under a known name; a known variable under another name.
         """
         if var_list is None:
             raise ArgumentError(
@@ -123,6 +123,12 @@ class ExponentialMovingAverage:
             _check_goes_on(group, given)
         old = {name for group in known for name in group.live}
         new = {name: tensor for name, tensor in given.items() if name not in old}
+        for name, tensor in new.items():
+            if (known_as := self._name_of(tensor)) is not None:
+                raise MatchError(
+                    f"{name!r} must have the name it had, {known_as!r}, at its first apply: it has "
+                    "an average already. Give the same names, or the same list, each time."
+                )
         if self._num_updates is not None:
             self._warm.count = _count(self._num_updates)
         fresh = [

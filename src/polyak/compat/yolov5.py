@@ -1,6 +1,6 @@
 """YOLOv5's `ModelEMA` on polyak's engine: change the import, keep the loop."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import final
 
 import torch
@@ -96,6 +96,7 @@ class ModelEMA:
 
         It cannot be assigned: load into it.
         """
+        self._average._engine.show()  # a cast there and back gave it memory of its own
         return self._ema
 
     @ema.setter
@@ -119,8 +120,19 @@ class ModelEMA:
         if updates != self.updates:
             take_up(self._average, updates=updates)
 
-    def decay(self, updates: float) -> float:
-        """Return the decay of update number `updates`; 0 at 0."""
+    @property
+    def decay(self) -> Callable[[float], float]:
+        """The decay of update number n, as a function of n; 0 at 0. It cannot be assigned."""
+        return self._decay_at
+
+    @decay.setter
+    def decay(self, decay: object) -> None:
+        raise OrderError(
+            f"decay must stay {self._average.schedule}, got {decay!r}. Build a new ModelEMA, or "
+            "use polyak.Average(model, schedule) with a schedule of your own."
+        )
+
+    def _decay_at(self, updates: float) -> float:
         return self._average.schedule(now=updates, elapsed=1) if updates else 0.0
 
     def update(self, model: nn.Module) -> None:
