@@ -13,7 +13,8 @@ from .._average import Average
 from .._engine import frames_to_the_user, is_count
 from .._errors import ArgumentError, AveragingWarning, OrderError, show_time
 from .._history import History
-from .._roles import Role, bare
+from .._roles import bare
+from ._roles import frozen_too
 from ._warm_up import WarmUp, check_share
 from ._wrapper import AverageModule
 
@@ -444,7 +445,7 @@ class EMA(AverageModule):
     # ── the average ──────────────────────────────────────────────────────────────────────────────
 
     def _build(self, model: nn.Module) -> Average:
-        average = Average(model, self._warm_up(), roles=_role)
+        average = Average(model, self._warm_up(), roles=frozen_too)
         devices = {tensor.device for tensor in average.tensors.values()}
         if self.allow_different_devices and len(devices) == 1:
             average._engine._device = devices.pop()  # stay, whatever the live model does
@@ -476,9 +477,3 @@ class EMA(AverageModule):
         if self._average is None and any(key.startswith("ema_model.") for key in state_dict):
             self.init_ema()
         return super().load_state_dict(state_dict, strict, assign)
-
-
-def _role(name: str, tensor: Tensor) -> Role | None:
-    """Frozen parameters are averaged too: the original goes on when they are unfrozen."""
-    average = type(tensor) is nn.Parameter and (tensor.is_floating_point() or tensor.is_complex())
-    return "average" if average else None

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from .._average import Average
 from .._errors import ArgumentError, MatchError, OrderError
 from .._module import averaged_module
-from .._roles import Role, inner_name
+from .._roles import inner_name
 from .._schedules import ExponentialRamp
 from ._past import take_up
+from ._roles import frozen_too
 
 
 @final
@@ -73,7 +74,7 @@ class ModelEMA:
         # hence one dtype for all where some are narrower than float32, and buffers too.
         narrow = any(_is_narrow(tensor) for tensor in self._model.state_dict().values())
         dtype = torch.float32 if narrow else None
-        self._average = Average(model, schedule, dtype=dtype, roles=_frozen_too)
+        self._average = Average(model, schedule, dtype=dtype, roles=frozen_too)
         self._ema = averaged_module(
             self._average._engine,
             self._average._row,
@@ -193,15 +194,6 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 def _is_narrow(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.element_size() < 4
-
-
-def _frozen_too(name: str, tensor: Tensor) -> Role | None:
-    """Average frozen parameters as well: they may be unfrozen later, and then must follow.
-
-    Not those of a library's own kind (a quantised base), which never are.
-    """
-    frozen = type(tensor) is nn.Parameter and not tensor.requires_grad
-    return "average" if frozen and tensor.is_floating_point() else None
 
 
 def _check_count(updates: object) -> None:
