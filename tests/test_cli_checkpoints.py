@@ -1,6 +1,7 @@
 """polyak merge, soup, inspect and diff: exit codes, one-line refusals, and what they print."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -106,6 +107,23 @@ def test_integers_come_from_a_named_checkpoint(files: list[str], tmp_path: Path)
     assert main(words) == 1
     assert main([*words, "--integers", "step-300.safetensors"]) == 0
     assert load_file(tmp_path / "out.safetensors")["n"].item() == 8
+
+
+def test_integers_come_from_a_numbered_checkpoint(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 0, or from the end; a file of that name comes first."""
+    for number, file in enumerate(files):
+        save_file({"w": torch.zeros(4), "n": torch.tensor(number)}, file)
+    words = ["merge", *files, "-o", str(tmp_path / "out.safetensors"), "--integers"]
+    for text, expected in (("0", 0), ("1", 1), ("-1", 2)):
+        assert main([*words, text]) == 0
+        assert load_file(tmp_path / "out.safetensors")["n"].item() == expected
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0").write_bytes(Path(files[0]).read_bytes())
+    assert main([*words[:1], files[1], "0", *words[4:], "0"]) == 0
+    assert load_file(tmp_path / "out.safetensors")["n"].item() == 0
+    assert main([*words, "7"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -282,6 +300,20 @@ def test_inspect_believes_no_metadata(
     save_file({"w": torch.ones(1)}, path, metadata={"polyak": about})
     assert main(["inspect", str(path)]) == 0
     assert f"metadata: polyak = {about}" in capsys.readouterr().out
+
+
+def test_inspect_cuts_long_metadata_unless_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After 400 letters; --all and --json show every one."""
+    path = str(tmp_path / "long.safetensors")
+    save_file({"w": torch.ones(1)}, path, metadata={"long": "x" * 401, "short": "y" * 400})
+    for words, x, cut in (([], 400, True), (["--all"], 401, False), (["--json"], 401, False)):
+        assert main(["inspect", path, *words]) == 0
+        said = capsys.readouterr().out
+        assert max(map(len, re.findall("x+", said.replace("\n", "")))) == x
+        assert "y" * 400 in said.replace("\n", "")
+        assert ("…" in said) == cut
 
 
 def test_inspect_shows_forty_tensors_unless_asked(

@@ -1,16 +1,20 @@
 """Checkpoints of every format: the tensors that are in them, in bounded memory, nothing run."""
 
+import gc
 import io
 import json
 import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
+import time
 import tracemalloc
+import warnings
+import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,11 @@ import polyak
 from files.hostile import (
     Runs,
     check,
+    colliding,
     dcp_cases,
     index_cases,
+    limited_memory,
+    repeated_call,
     rewritten,
     safetensors_cases,
     same,
@@ -32,6 +39,9 @@ from files.hostile import (
     saved,
     torch_cases,
     weights,
+    wide_views,
+    with_pickle,
+    with_program,
 )
 from files.layouts import LAYOUTS, Net, live_and_average
 from polyak._files import (
@@ -568,6 +578,20 @@ def test_a_file_that_changes_while_it_is_open_is_refused(
             _ = [checkpoint.read(name) for name in checkpoint.tensors]
 
 
+def test_a_file_rewritten_in_place_while_it_is_open_is_refused(tmp_path: Path) -> None:
+    """As torch.save does it: the same file, of the same size, with other weights."""
+    path = tmp_path / "last.pt"
+    torch.save({"w": torch.zeros(1_000)}, path)
+    os.utime(path, ns=(0, 10**18))  # a while ago: clocks of file systems are coarse
+    with open_checkpoint(path) as checkpoint:
+        before = path.stat()
+        assert not checkpoint.read("w").any()
+        torch.save({"w": torch.ones(1_000)}, path)
+        assert (path.stat().st_ino, path.stat().st_size) == (before.st_ino, before.st_size)
+        with pytest.raises(polyak.ArgumentError, match="must stay as it is while it is read"):
+            checkpoint.read("w", 10, 20)
+
+
 def test_few_files_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many checkpoints there are, and from two threads."""
     monkeypatch.setattr(_bytes, "_OPEN_AT_ONCE", 3)
@@ -710,19 +734,156 @@ def write_stretches(path: Path, count: int, stretches: list[tuple[int, int]]) ->
             writer.write("a", start, torch.zeros(stop - start, dtype=torch.int8))
 
 
+def killed_at(module: Any, name: str, number: int, write: Callable[[], None]) -> None:
+    """Write in a process that ends, as if killed, at this of its calls of a function."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads that this fork has not
+        pid = os.fork()
+    if not pid:
+        try:
+            left, plain = iter(range(1, number)), getattr(module, name)
+            setattr(module, name, lambda *a, **b: plain(*a, **b) if next(left, 0) else os._exit(77))
+            write()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 77
+
+
 def test_a_folder_that_a_killed_process_moved_aside_comes_back(tmp_path: Path) -> None:
     """Killed between the two renames: the next write finds the old folder under its name."""
     good = {"a": torch.ones(4)}
     write_all(tmp_path / "out", good)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    os.rename(tmp_path / "out", tmp_path / f".out.{_atomic._HOST}.{gone.pid}.aside")
-    (tmp_path / f".out.{_atomic._HOST}.{gone.pid}.partial").mkdir()
+    other = {"a": torch.zeros(4)}
+    killed_at(os, "rename", 2, lambda: write_all(tmp_path / "out", other, force=True))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".aside", ".held", ".partial"}
     with pytest.raises(polyak.ArgumentError, match="which is there"):
         write_all(tmp_path / "out", good)
     assert_same(contents(tmp_path / "out"), good)
     write_all(tmp_path / "out", good, force=True)
     assert os.listdir(tmp_path) == ["out"]
+    killed_at(shutil, "rmtree", 1, lambda: write_all(tmp_path / "out", other, force=True))
+    assert_same(contents(tmp_path / "out"), other)
+    shutil.rmtree(tmp_path / "out")  # the old one, half removed, must not take its place
+    write_all(tmp_path / "out", other)
+    assert os.listdir(tmp_path) == ["out"]
+    assert_same(contents(tmp_path / "out"), other)
+
+
+@pytest.mark.parametrize("where", ["out", "out.safetensors"])
+def test_two_writers_of_one_path_do_not_mix(where: str, tmp_path: Path) -> None:
+    """In one process too: each has its own files, and the last to end has the name."""
+    announced = infos({"a": torch.ones(4)})
+    path = tmp_path / where
+    with ExitStack() as first, ExitStack() as second:
+        writers = []
+        for stack in (first, second):
+            held = checkpoint_writer(path, announced, metadata={}, force=True)
+            writers.append(stack.enter_context(held))
+        for start in (0, 2):
+            for number, writer in enumerate(writers):
+                writer.write("a", start, torch.full((2,), float(number)))
+        first.close()
+        assert_same(contents(path), {"a": torch.zeros(4)})
+        second.close()
+        assert_same(contents(path), {"a": torch.ones(4)})
+    assert os.listdir(tmp_path) == [where]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """Without force, the first of two writers to end has the name."""
+    path = tmp_path / "out"
+    with ExitStack() as later:
+        held = checkpoint_writer(path, infos({"a": torch.ones(4)}), metadata={})
+        later.enter_context(held).write("a", 0, torch.ones(4))
+        write_all(path, {"a": torch.zeros(4)})
+        with pytest.raises(polyak.ArgumentError, match="which is there"):
+            later.close()
+    assert_same(contents(path), {"a": torch.zeros(4)})
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_temporary_file_is_new_and_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where somebody foresaw its name: what a link leads to stays as it is."""
+    victim, path = tmp_path / "victim", tmp_path / "a.safetensors"
+    victim.write_text("precious")
+    monkeypatch.setattr(_atomic, "_token", lambda: "foreseen")
+    with _atomic.written_whole(path) as temporary:
+        temporary.write_text("x")
+    temporary.symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_all(path, {"a": torch.ones(1)})
+    assert victim.read_text() == "precious"
+    assert temporary.is_symlink()
+    assert path.read_text() == "x"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "long"])
+def test_only_files_are_replaced(kind: str, tmp_path: Path) -> None:
+    """A pipe stays a pipe, and a name that leaves no room is said before anything is made."""
+    path = tmp_path / ("n" * 240 + ".safetensors" if kind == "long" else "a.safetensors")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    before = os.listdir(tmp_path)
+    words = "a name of at most" if kind == "long" else "must name a file, got the pipe"
+    with pytest.raises(polyak.ArgumentError, match=words):
+        write_all(path, {"a": torch.ones(1)})
+    assert os.listdir(tmp_path) == before
+    if kind == "long":
+        with pytest.raises(polyak.ArgumentError, match=words):
+            write_all(path.with_suffix(""), {"a": torch.ones(1)}, force=True)
+
+
+def test_a_file_has_the_permissions_of_the_one_it_replaces(tmp_path: Path) -> None:
+    """A new one those that the process gives to any file."""
+    path = tmp_path / "a.safetensors"
+    (tmp_path / "any").touch()
+    write_all(path, {"a": torch.ones(1)})
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
+    path.chmod(0o640)
+    write_all(path, {"a": torch.ones(1)})
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_all_is_synced_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a crash could leave the name with nothing behind it; then the folder that has it."""
+    done: list[str] = []
+    for name in ("replace", "rename"):
+        plain = getattr(os, name)
+
+        def noting(old: Path, new: Path, plain: Any = plain) -> None:
+            done.append(f"named {Path(new).name}")
+            plain(old, new)
+
+        monkeypatch.setattr(os, name, noting)
+    sync = os.fsync
+
+    def syncing(descriptor: int) -> None:
+        done.append(f"synced {Path(os.readlink(f'/proc/self/fd/{descriptor}')).suffix}")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    write_all(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    assert done == ["synced .partial", "named a.safetensors", "synced "]
+    done.clear()
+    write_all(tmp_path / "out", {"a": torch.ones(1)})
+    assert done == ["synced .safetensors", "synced .partial", "named out", "synced "]
+
+
+def test_reads_and_writes_go_on_where_the_system_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may do less than it was asked for: here at most three bytes at once."""
+    write, read = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda f, data, at: write(f, bytes(data[:3]), at))
+    monkeypatch.setattr(os, "preadv", lambda f, data, at: read(f, [data[0][:3]], at))
+    write_all(tmp_path / "a.safetensors", {"a": torch.arange(9.0)})
+    assert_same(contents(tmp_path / "a.safetensors"), {"a": torch.arange(9.0)})
 
 
 def test_an_existing_folder_is_replaced_only_by_force(tmp_path: Path) -> None:
@@ -739,10 +900,19 @@ def test_an_existing_folder_is_replaced_only_by_force(tmp_path: Path) -> None:
     (tmp_path / "home" / "a.safetensors").touch()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "thesis.txt").touch()
-    for name in ("home", "texts"):
-        with pytest.raises(polyak.ArgumentError, match="a folder of weights to be replaced"):
+    (tmp_path / "run").mkdir()
+    for name in ("model.safetensors", "config.json", "optimizer.pt", "README.md"):
+        (tmp_path / "run" / name).touch()
+    (tmp_path / "steps").mkdir()
+    for name in ("step-1.safetensors", "step-2.safetensors"):
+        (tmp_path / "steps" / name).touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(polyak.ArgumentError, match=r"\['README.md', 'optimizer.pt'\]"):
+        write_all(tmp_path / "run", good, force=True)
+    for name in ("home", "texts", "steps"):
+        with pytest.raises(polyak.ArgumentError, match="a folder of weights and nothing else"):
             write_all(tmp_path / name, good, force=True)
-    assert (tmp_path / "home" / "photos").exists()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_bad_announcements_and_writes_are_refused(tmp_path: Path) -> None:
@@ -799,6 +969,7 @@ def entry(dtype: str, shape: Any, begin: Any, end: Any) -> dict[str, Any]:
         ({"a": entry("U8", [8], False, 8)}, "not two whole numbers"),
         ({"a": {"dtype": "U8", "shape": [8]}}, "lacks its dtype, shape or offsets"),
         ({"__metadata__": {"a": 1}}, "not words by name"),
+        ({"__metadata__": []}, "not words by name"),
         ([], "holds no names"),
     ],
 )
@@ -809,6 +980,15 @@ def test_a_header_that_lies_is_refused(header: Any, words: str, tmp_path: Path) 
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"12345678")
     with pytest.raises(polyak.ArgumentError, match=words):
         open_checkpoint(path)
+
+
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    """The format's own reader takes it for none."""
+    header = {"__metadata__": None, "a": entry("F32", [2], 0, 8)}
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + b"12345678"
+    (tmp_path / "a.safetensors").write_bytes(data)
+    assert_same(contents(tmp_path / "a.safetensors"), safetensors.torch.load(data))
 
 
 def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
@@ -828,7 +1008,7 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
         (b"K\x04K\x03\x86", b"K\x04J\xff\xff\xff\xff\x86", "one that a tensor can have"),
         (b"K\x03K\x01\x86", b"K\x04K\x01\x86", "must lie in its storage"),
         (b"K\x03K\x01\x86", b"K\x03\x85", "must be a view of its storage"),
-        (b"M\x2c\x01\x85", b"J\x00\x00\x00\x40\x85", "must not unfold to more than the file"),
+        (b"M\x2c\x01\x85", b"J\x00\x00\x00\x40\x85", "must not unfold to much more than the"),
         (b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000", "two dtypes or sizes"),
         (b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x009", "storage '9' is not in it"),
     ],
@@ -897,6 +1077,114 @@ def test_dcp_metadata_that_lies_is_refused(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(polyak.ArgumentError, match=r"must mention only .*, got posix\.mkdir"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: wide_views(4_000), "must not unfold to much more than the file"),
+        (lambda: wide_views(2), "must not unfold to much more than the file"),
+        (
+            lambda: with_program(repeated_call(b"collections\nOrderedDict", b"l", 2_000)),
+            "a damaged one",
+        ),
+        (
+            lambda: with_program(repeated_call(b"torch\nSize", b"t", 2_000)),
+            "got list|must hold tensors by",
+        ),
+        (lambda: with_program(colliding(10_000)), "got none"),
+    ],
+)
+def test_a_small_file_asks_for_little(
+    make: Callable[[], bytes], words: str, tmp_path: Path
+) -> None:
+    """Neither the memory nor the time of many times its size: views, copies, clashing keys."""
+    path = tmp_path / "a.pt"
+    path.write_bytes(make())
+    gc.collect()
+    begin = time.process_time()
+    with limited_memory(2**26), pytest.raises(polyak.ArgumentError, match=words):
+        open_checkpoint(path)
+    assert time.process_time() - begin < 1.0
+
+
+def test_views_that_share_their_bytes_are_read(tmp_path: Path) -> None:
+    """Parts of a fused tensor beside it, and one name for each of many ties."""
+    w = torch.randn(2**21)
+    state = {"whole": w, "q": w[: 2**20], "k": w[2**20 :], "square": w.view(2**10, 2**11)}
+    torch.save(state | {f"tied.{n}": w for n in range(20)}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert len(checkpoint.aliases) == 20
+        assert torch.equal(checkpoint.read("k"), state["k"])
+
+
+def test_pieces_that_are_stored_once_for_many_names_are_refused(tmp_path: Path) -> None:
+    """Metadata that lets many tensors be the same 8 MiB, of which only four bytes are there."""
+    save_dcp({str(n): torch.zeros(2) for n in range(8)}, tmp_path)
+    path = tmp_path / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    piece = saved(torch.zeros(1).expand(2**21))
+    (tmp_path / "one").write_bytes(piece)
+    for entry in metadata.state_dict_metadata.values():
+        entry.size = entry.chunks[0].sizes = torch.Size([2**21])
+    for place in metadata.storage_data.values():
+        place.relative_path, place.offset, place.length = "one", 0, len(piece)
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(polyak.ArgumentError, match="must not unfold to much more than the file"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_pickles_of_old_protocols_are_told_apart_from_damage(protocol: int, tmp_path: Path) -> None:
+    """Copying the file again would not help."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt", pickle_protocol=protocol)
+    with pytest.raises(polyak.ArgumentError, match=r"protocol 0 or 1\. .* with protocol 2 or new"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_storage_of_another_class_spoils_one_tensor_only(legacy: bool, tmp_path: Path) -> None:
+    """Quantized values are not read; what lies beside and after them is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates quantized tensors
+        odd = torch.quantize_per_tensor(torch.ones(5), 0.1, 0, torch.qint32)
+        state = {"model": weights(), "calibration": {"q": odd, "w": torch.ones(2)}}
+        torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    assert_same(contents(tmp_path / "a.pt"), weights())
+    with pytest.raises(polyak.ArgumentError, match=r"qtensor as 'q'"):
+        open_checkpoint(tmp_path / "a.pt", key="calibration")
+
+
+def test_a_storage_of_an_unknown_class_spoils_one_tensor_only(tmp_path: Path) -> None:
+    """Such as one of a torch of the future."""
+    good = saved({"model": weights(), "other": {"x": torch.ones(3, dtype=torch.int16)}})
+    data = with_pickle(good, lambda pickled: pickled.replace(b"ShortStorage", b"BriefStorage"))
+    (tmp_path / "a.pt").write_bytes(data)
+    assert_same(contents(tmp_path / "a.pt"), weights())
+    with pytest.raises(
+        polyak.ArgumentError, match=r"a tensor in a torch.BriefStorage as 'other\.x'"
+    ):
+        open_checkpoint(tmp_path / "a.pt", key="other")
+
+
+def test_a_program_of_torchscript_is_refused(tmp_path: Path) -> None:
+    """It has tensors, but its pickle is code's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
+        torch.jit.save(torch.jit.script(nn.Linear(2, 1)), tmp_path / "a.pt")
+    with pytest.raises(polyak.ArgumentError, match="got a TorchScript program"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_record_that_occurs_twice_in_an_archive_is_refused(tmp_path: Path) -> None:
+    """Readers differ in which of the two they take."""
+    (tmp_path / "a.pt").write_bytes(saved({"w": torch.ones(1)}))
+    with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        (name,) = (name for name in archive.namelist() if name.endswith("/data/0"))
+        archive.writestr(name, torch.zeros(1).numpy().tobytes())
+    with pytest.raises(polyak.ArgumentError, match="a record occurs twice"):
+        open_checkpoint(tmp_path / "a.pt")
 
 
 # ── hostile input, in small; tests/prove/test_hostile_files.py has 20,000 ────────────────────────

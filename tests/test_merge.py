@@ -488,6 +488,16 @@ def test_steps_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     assert coefficients(polyak.merge(none, out=out, window=1, steps=[1, 2])) == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("names", [("model-1.pt", "model-1.st"), ("a/7.pt", "a/7.st")], ids=str)
+def test_files_that_differ_in_their_endings_only_have_one_step(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    """Neither their names nor any folder above tells them apart; the way up ends."""
+    files = saved(tmp_path, {name: {"w": torch.ones(1)} for name in names})
+    with pytest.raises(ArgumentError, match=r"steps must be distinct, got [17] for .*Pass steps="):
+        polyak.merge(files, out=tmp_path / "out.safetensors", window=1)
+
+
 # ── what the result says ─────────────────────────────────────────────────────────────────────────
 
 
@@ -624,6 +634,58 @@ def test_paths_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         polyak.merge([*files, tmp_path / "3.safetensors"], out=out)
     assert load_file(files[1])["w"].item() == 2.0
+
+
+@pytest.mark.parametrize("given", ["folder", "index"])
+def test_a_result_replaces_no_weights_of_an_input(given: str, tmp_path: Path) -> None:
+    """Neither a shard, nor the same file by another name, nor what would be read before it."""
+    folder = sharded(tmp_path / "a", {"w": torch.zeros(2)}, shards=1)
+    shard = folder / "model-00001-of-00001.safetensors"
+    other = saved(tmp_path, {"b.safetensors": {"w": torch.ones(2)}})[0]
+    (tmp_path / "link.safetensors").symlink_to(shard)
+    os.link(shard, tmp_path / "hard.safetensors")
+    inputs = [folder if given == "folder" else folder / "model.safetensors.index.json", other]
+    outs = [shard, tmp_path / "link.safetensors", tmp_path / "hard.safetensors", other]
+    outs += [folder / "model.safetensors"] if given == "folder" else [folder]
+    for out in outs:
+        with pytest.raises(ArgumentError, match=r"one of the checkpoints, got .* Choose"):
+            polyak.merge(inputs, out=out, force=True)
+    assert load_file(shard)["w"].tolist() == [0.0, 0.0]
+    polyak.merge(inputs, out=folder / "mean.safetensors")
+    assert load_file(folder / "mean.safetensors")["w"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("ending", ["pt", "pth", "bin", "ckpt", "pkl"])
+def test_a_result_is_safetensors_or_a_folder(ending: str, tmp_path: Path) -> None:
+    """A name that means another format is no name of a folder."""
+    files = ramp(tmp_path, [1, 2])
+    with pytest.raises(ArgumentError, match=r"must end in \.safetensors .* Pass x\.safetensors"):
+        polyak.merge(files, out=tmp_path / f"x.{ending}")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_shard_size_that_cannot_be_kept_is_refused(dry_run: bool, tmp_path: Path) -> None:
+    """Also where nothing is written; one tensor may be larger than it."""
+    files = saved(tmp_path, {"a.safetensors": {"v": torch.ones(2), "w": torch.ones(2)}})
+    out = tmp_path / "out.safetensors"
+    for size, message in (
+        (15, r"max_shard_size must be at least the 16 bytes of a single file, got 15\. Pass a fol"),
+        (0, "max_shard_size must be a whole number of bytes above 0, got 0"),
+        (5.5, "max_shard_size must be a whole number of bytes above 0, got 5.5"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            polyak.merge(files, out=out, max_shard_size=size, dry_run=dry_run)  # type: ignore[arg-type]
+    assert polyak.merge(files, out=out, max_shard_size=16, dry_run=dry_run).written != dry_run
+    one = ramp(tmp_path, [1])
+    assert polyak.merge(one, out=out, max_shard_size=3, dry_run=dry_run).written != dry_run
+
+
+def test_a_sum_beyond_float64_says_what_to_do(tmp_path: Path) -> None:
+    """The inputs are finite and so is their mean, but not their sum."""
+    large = {"w": torch.tensor([1.5e308], dtype=torch.float64)}
+    states = {f"{i}.safetensors": large for i in (1, 2)}
+    with pytest.raises(ArgumentError, match=r"sums .* within float64, got more in 'w'.* leave out"):
+        polyak.merge(saved(tmp_path, states), out=tmp_path / "out.safetensors")
 
 
 def test_a_folder_that_exists_is_replaced_only_by_force(tmp_path: Path) -> None:

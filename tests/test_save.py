@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import polyak
-from polyak._files import _atomic, _safetensors
+from polyak._files import _atomic, _safetensors, written_whole
 
 
 class Net(nn.Module):
@@ -444,15 +442,12 @@ def test_a_cap_that_was_never_reached_is_said_when_the_weights_are_saved(tmp_pat
 
 
 def test_what_a_killed_process_left_behind_is_swept_away(tmp_path: Path) -> None:
-    """A temporary file of a process that is gone goes; that of a living one stays."""
+    """A temporary file that nobody holds any more goes; one that is being written stays."""
     path = tmp_path / "a.safetensors"
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    left, alive = (
-        tmp_path / f".a.safetensors.{_atomic._HOST}.{pid}.partial"
-        for pid in (gone.pid, os.getppid())
-    )
-    left.touch()
-    alive.touch()
-    polyak.save(polyak.Average(nn.Linear(2, 1)), path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, path.name])
+    average = polyak.Average(nn.Linear(2, 1))
+    with written_whole(path) as alive:
+        left = alive.with_name(f".{path.name}.{_atomic._HOST}.0.partial")
+        left.touch()
+        polyak.save(average, path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, path.name])
+    assert os.listdir(tmp_path) == [path.name]

@@ -166,8 +166,9 @@ class Combination:
                     'this checkpoint out, or pass nonfinite="ignore" to let them into the result.'
                 )
         raise ArgumentError(  # float64 itself overflowed: the inputs are finite
-            f"the result must be within float64, got more in {piece.name!r}. "
-            "Check the coefficients."
+            f"sums of checkpoints must stay within float64, got more in {piece.name!r}, though "
+            "each is finite. Values so near to 1.8e308 are no weights: leave out the checkpoint "
+            "that has them."
         )
 
 

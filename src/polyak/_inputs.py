@@ -174,11 +174,13 @@ def _steps_of_files(checkpoints: Sequence[Checkpoint]) -> list[float]:
 
 
 def _steps_of_names(paths: Sequence[Path]) -> list[float]:
-    absolute = [path.absolute() for path in paths]
-    names = [path.stem for path in absolute]
-    while len(set(names)) == 1 < len(names):  # checkpoint-100/model.pt, checkpoint-200/model.pt
-        absolute = [path.parent for path in absolute]
-        names = [path.name for path in absolute]
+    names = stems = [path.stem for path in paths]
+    for parents in zip(*(path.absolute().parents for path in paths), strict=False):
+        if len(set(names)) > 1:
+            break
+        names = [parent.name for parent in parents]  # checkpoint-100/model.pt, checkpoint-200/…
+    if len(set(names)) == 1:  # one file, or model-1.pt and model-1.safetensors
+        names = stems
     numbers = [re.findall(r"\d+", name) for name in names]
     for path, found in zip(paths, numbers, strict=True):
         if not found:

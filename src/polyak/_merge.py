@@ -15,12 +15,14 @@ from ._coefficients import Curve
 from ._combine import Combination, NonFinite, is_averaged
 from ._errors import ArgumentError
 from ._files import checkpoint_writer
+from ._files._folder import is_weights_name
 from ._inputs import Inputs, Named, PathLikes, known_steps, open_inputs, steps_of
-from ._save import _version
 from ._schedules import Schedule
 from ._slices import Progress
+from ._version import version_of_polyak
 
 _WORTH_A_NOTE = 1e-3  # of the weight
+_OTHER_FORMATS = (".pt", ".pth", ".bin", ".ckpt", ".pkl")  # nobody calls a folder so
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def merge(
         counted = _count(inputs, coefficients, normalize, schedule, curve, window, steps)
         exact = inputs.exact(integers)
         plan, combination = prepare(inputs, counted, target, exact=exact, nonfinite=nonfinite)
+        _check_shards(plan, max_shard_size)
         if dry_run:
             return plan
         return write(
@@ -225,7 +228,7 @@ def write(
     with checkpoint_writer(
         plan.out,
         inputs.tensors,
-        metadata={"polyak": json.dumps(_about(plan))},
+        metadata={"polyak": json.dumps(_about(plan) | {"ties": dict(inputs.aliases)})},
         max_shard_size=max_shard_size,
         aliases=inputs.aliases,
         side_files=inputs.checkpoints[last].side_files,
@@ -237,15 +240,44 @@ def write(
 
 def check_target(inputs: Inputs, out: Path, *, force: bool) -> None:
     """Raise, before any work, where `out` cannot be or would replace an input."""
+    if out.suffix in _OTHER_FORMATS:
+        raise ArgumentError(
+            f"out must end in .safetensors or be a folder, got {str(out)!r}. "
+            f"Pass {out.stem}.safetensors."
+        )
     if not out.absolute().parent.is_dir():
         raise ArgumentError(f"out must lie in a folder that exists, got {str(out)!r}.")
     if out.is_dir() and not force:
         raise ArgumentError(
             f"out must be new, got the folder {str(out)!r}. Pass force=True to replace it."
         )
-    for path in inputs.paths:
-        if path.resolve() == out.resolve() or path.resolve().parent == out.resolve():
-            raise ArgumentError(f"out must not be one of the checkpoints, got {str(out)!r}.")
+    target, there = out.resolve(), out.exists()
+    for path, checkpoint in zip(inputs.paths, inputs.checkpoints, strict=True):
+        files = [path, *checkpoint.files]
+        replaced = there and any(out.samefile(file) for file in files)
+        holds = any(target in file.resolve().parents for file in files)
+        # Read before the weights that were meant, from now on.
+        shadows = path.is_dir() and target.parent == path.resolve() and is_weights_name(out.name)
+        if replaced or holds or shadows:
+            raise ArgumentError(
+                f"out must not be one of the checkpoints, got {str(out)!r}, which would replace "
+                f"the weights of {str(path)!r}. Choose another place."
+            )
+
+
+def _check_shards(plan: Merge, limit: int | None) -> None:
+    """Raise, before any work, unless the result can be written in files of that size."""
+    if limit is None:
+        return
+    if not (isinstance(limit, int) and limit > 0):
+        raise ArgumentError(
+            f"max_shard_size must be a whole number of bytes above 0, got {limit!r}."
+        )
+    if plan.out.suffix == ".safetensors" and plan.tensors > 1 and plan.bytes_written > limit:
+        raise ArgumentError(
+            f"max_shard_size must be at least the {plan.bytes_written} bytes of a single file, got "
+            f"{limit}. Pass a folder as out, for several files."
+        )
 
 
 def _check_ways(
@@ -372,5 +404,5 @@ def _about(plan: Merge) -> dict[str, Any]:
             | ({} if one.step is None else {"step": one.step})
             for one in plan.ingredients
         ],
-        "polyak": _version(),
+        "polyak": version_of_polyak(),
     }

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from ._average import Uses, check_is_average
 from ._errors import ArgumentError
 from ._files import open_checkpoint, write_tensors
 from ._roles import take_inventory
+from ._version import version_of_polyak
 from ._weights import load_into
 
 Ties = Literal["drop", "copy"]
@@ -61,7 +61,7 @@ def save(
             "Use torch.save(average.weights(), path) instead."
         )
     average._warn_of_unreached_cap()
-    about = {"kind": "averaged weights", **average._provenance(), "polyak": _version()}
+    about = {"kind": "averaged weights", **average._provenance(), "polyak": version_of_polyak()}
     kept, dropped = _split_ties(tensors)
     if ties == "copy":
         kept |= {name: tensors[name].clone() for name in dropped}
@@ -80,7 +80,7 @@ def load_weights(
     Whatever `polyak.save` or any other writer of safetensors wrote, in one file, in shards or in a
     Hugging Face folder; files of `torch.save`, without running what they pickle; folders of
     torch.distributed.checkpoint. Averages of ema-pytorch, timm, torch's AveragedModel, diffusers,
-    Lightning and polyak are found in them.
+    Lightning and polyak are found in them, and those under names such as `model_ema`.
 
     Args:
         path: the file or folder.
@@ -137,10 +137,3 @@ def _split_ties(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     keeper = {name: min(tied) for tied in names.values() for name in tied}
     kept = {name: tensor for name, tensor in tensors.items() if keeper[name] == name}
     return kept, {name: kept for name, kept in keeper.items() if kept != name}
-
-
-def _version() -> str:
-    try:
-        return version("polyak")
-    except PackageNotFoundError:  # used from a source tree that was never installed
-        return "unknown"

@@ -46,6 +46,9 @@ def engine_state(engine: Engine, kind: str, rows: Mapping[str, int]) -> dict[str
         "nonfinite": {name: int(count) for name, count in engine.held_back.items()},
         "averages": {name: _row_state(engine, row, copies=lent) for name, row in rows.items()},
     }
+    ties = {alias: entry.name for entry in engine.inventory.entries for alias in entry.aliases}
+    if ties:  # for readers of files: formats that write each name on its own forget them
+        state["ties"] = ties
     if engine.loan is not None:
         state["live"] = {name: tensor.clone() for name, tensor in engine.loan.live.items()}
     return state
@@ -85,6 +88,8 @@ def load_engine_state(
     engine.check_shown()
     check_header(state, kind)
     state, anew, left_out = fitted(engine, state, on_mismatch)
+    for name in part(state, "ties", Mapping) if "ties" in state else ():
+        part(state["ties"], name, str)
     averages = part(state, "averages", Mapping)
     if set(averages) != set(names):
         raise MatchError(

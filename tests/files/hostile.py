@@ -482,6 +482,34 @@ def odd_pickle(pick: random.Random) -> bytes:
     )  # fmt: skip
 
 
+# ── small files that ask for much ────────────────────────────────────────────────────────────────
+
+
+def with_program(program: bytes) -> bytes:
+    """A file of torch.save with this in place of its pickle."""
+    return with_pickle(saved({"w": torch.ones(1)}), lambda _: program)
+
+
+def wide_views(count: int) -> bytes:
+    """Each of 8 to 16 MiB, and each of the same four bytes."""
+    one = torch.zeros(1)
+    return saved({str(n): one.expand(2**22 - n) for n in range(count)})
+
+
+def repeated_call(function: bytes, close: bytes, times: int) -> bytes:
+    """One list (`close` is "l") or tuple ("t") of 10,000 pairs, made into something else."""
+    pairs = b"".join(b"J" + n.to_bytes(4, "little") + b"N\x86" for n in range(10_000))
+    kept = b"(" + pairs + close + b"q\x000c" + function + b"\nq\x010]("
+    return b"\x80\x02" + kept + b"h\x01h\x00\x85R" * times + b"e."
+
+
+def colliding(count: int) -> bytes:
+    """Keys of one hash, which a dict would compare with each other."""
+    keys = ((2**61 - 1) * n for n in range(1, count + 1))
+    items = b"".join(b"\x8a\x10" + key.to_bytes(16, "little", signed=True) + b"N" for key in keys)
+    return b"\x80\x02}(" + items + b"u."
+
+
 # ── torch.distributed.checkpoint ─────────────────────────────────────────────────────────────────
 
 

@@ -6,19 +6,25 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import polyak
 from files.hostile import (
     Case,
     check,
+    colliding,
     dcp_cases,
     index_cases,
+    limited_memory,
+    repeated_call,
     safetensors_cases,
     torch_cases,
+    wide_views,
+    with_program,
 )
 from polyak._files import TensorInfo, checkpoint_writer, open_checkpoint
 
@@ -47,6 +53,29 @@ def test_no_damaged_file_does_harm(format: str, seed: int, tmp_path: Path) -> No
     refused = sum(check(case, canary) for case in damaged)
     print(f"{format}: {EACH} cases, {refused} refused, {EACH - refused} read and right")
     assert EACH // 4 < refused < EACH
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: wide_views(100_000),
+        lambda: with_program(repeated_call(b"collections\nOrderedDict", b"l", 100_000)),
+        lambda: with_program(repeated_call(b"torch\nSize", b"t", 100_000)),
+        lambda: with_program(colliding(100_000)),
+    ],
+)
+def test_a_file_that_asks_for_much_is_refused(make: Callable[[], bytes], tmp_path: Path) -> None:
+    """Linear in its own bytes: a second for a megabyte, and memory of a small multiple."""
+    path = tmp_path / "a.pt"
+    path.write_bytes(make())
+    size = path.stat().st_size
+    begin = time.process_time()
+    with limited_memory(2**26 + 64 * size), pytest.raises(polyak.ArgumentError):
+        open_checkpoint(path)
+    seconds = time.process_time() - begin
+    print(f"{size / 2**20:.1f} MiB refused in {seconds:.2f} s")
+    assert seconds < 1 + size / 2**20
 
 
 # ── killed while writing ─────────────────────────────────────────────────────────────────────────

@@ -30,7 +30,8 @@ class File:
     """A regular file, read by position.
 
     Plain positioned reads into fresh memory: pages of a mapped file would count as resident. The
-    file is opened again as needed, and refused when it is no longer the one that was checked.
+    file is opened again as needed. It is refused when it is no longer the one that was checked, or
+    was written to since, as `torch.save` writes over a file that is there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,6 +71,8 @@ class File:
             if not count:
                 raise self._too_short(offset + len(buffer))
             buffer, offset = buffer[count:], offset + count
+        # After the bytes are here, so that none of them can be newer than what was checked.
+        self._check_unchanged(descriptor)
 
     def _open(self) -> _Descriptor:
         """The descriptor, opened again if it was given up for others."""
@@ -87,23 +90,30 @@ class File:
 
     def _opened(self) -> _Descriptor:
         descriptor = _Descriptor(self.path)
-        status = os.fstat(descriptor.number)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor.number).st_mode):
             raise ArgumentError(f"path must be a file or a folder, got {str(self.path)!r}.")
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        if self._identity not in ((), identity):
-            raise ArgumentError(
-                f"{self.path.name} must stay as it is while it is read, got another file. "
-                "Start again once nothing writes to it."
-            )
-        self._identity = identity
+        self._identity = self._identity or _identity(descriptor)
+        self._check_unchanged(descriptor)
         return descriptor
+
+    def _check_unchanged(self, descriptor: _Descriptor) -> None:
+        if _identity(descriptor) != self._identity:
+            raise ArgumentError(
+                f"{self.path.name} must stay as it is while it is read, got another file or other "
+                "bytes. Start again once nothing writes to it."
+            )
 
     def _too_short(self, needed: int) -> ArgumentError:
         return ArgumentError(
             f"{self.path.name} must have at least {needed} bytes, got {self.size} or fewer. "
             "The file was cut short; copy it again."
         )
+
+
+def _identity(descriptor: _Descriptor) -> tuple[int, ...]:
+    """Which file it is, and when it was written to."""
+    status = os.fstat(descriptor.number)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 _lock = threading.Lock()

@@ -25,6 +25,11 @@ class Files:
             self._files[path] = File(path)
         return self._files[path]
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where they lie."""
+        return tuple(self._files)
+
     def close(self) -> None:
         """Close them all."""
         for file in self._files.values():
@@ -104,6 +109,11 @@ class Checkpoint:
     prefix: str
     _sources: Mapping[str, Source] = field(repr=False)
     _files: Files = field(repr=False)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it is read from: weights, index, config."""
+        return self._files.paths
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of the flattened tensor, row by row: 1-D, in fresh memory.

@@ -1,5 +1,6 @@
 """Which of the things in a checkpoint are the weights."""
 
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from ._checkpoint import Contents, Unreadable
 from ._origins import (
     Choice,
     Place,
+    flat_averages,
     is_polyak_row,
     is_polyak_state,
     is_tensor,
@@ -21,28 +23,39 @@ from ._stored import Source
 
 _USUAL = ("state_dict", "model", "model_state_dict", "module")
 _STEPS = ("step", "global_step", "iteration")
-_NOT_WEIGHTS = ("optim", "lr_sched", "sched", "scaler", "rng", "loops", "callbacks")
+_NOT_WEIGHTS = {  # words of names; as parts of words they also occur in those of models
+    *("optim", "optimizer", "optimizers", "sched", "scheduler", "schedulers", "scaler", "scalers"),
+    *("rng", "loops", "callbacks"),
+}
 _DEEPEST = 8
 
 
 def choose(contents: Contents, key: str | None, where: str) -> Choice:
     """The weights under `key`, or those in the one sensible place.
 
-    In this order: the average, when exactly one is recognised; the place with a usual name
-    (`state_dict`, `model`, `model_state_dict`, `module`); the only place with weights.
+    In this order: the very place that `key` names; the average, when exactly one is recognised;
+    the place with a usual name (`state_dict`, `model`, `model_state_dict`, `module`); the only
+    place with weights.
 
     Raises:
         ArgumentError: no weights there, or several places that could be meant.
     """
     top = Place("", contents.tree)
-    start = top if key is None else _under(top, key, where)
-    found = {place.path: recognised(place, contents) for place in _places(start)}
+    start = _under(top, key, where) if key else top
+    found: dict[str, Choice] = {}
+    for place in _places(start):
+        found[place.path] = recognised(place, contents)
+        if found[place.path].origin is None:
+            found |= {part.path: recognised(part, contents) for part in flat_averages(place)}
     if isinstance(start.tree.get("shadow_params"), list) and not found:
         raise ArgumentError(
             f"{where} must hold tensors by name, got shadow_params without names. Load them into "
             "the average that wrote them, copy it to the model, and save the model's state dict."
         )
-    choice = found[_the_one(found, key, where)]
+    if not found:
+        raise _nothing(start, key, where)
+    named_by_key = key is not None and start.path in found
+    choice = found[start.path if named_by_key else _the_one(found, where)]
     refused = [(n, value) for n, value in choice.tensors.items() if isinstance(value, Unreadable)]
     if refused:
         name, value = refused[0]
@@ -57,20 +70,29 @@ def choose(contents: Contents, key: str | None, where: str) -> Choice:
     return _stripped(replace(choice, tensors=tensors, ties={**_shared(tensors), **noted}))
 
 
-def _the_one(found: Mapping[str, Choice], key: str | None, where: str) -> str:
+def _the_one(found: Mapping[str, Choice], where: str) -> str:
     """The path of the weights that are meant."""
     averages = [path for path, choice in found.items() if choice.origin is not None]
     usual = [path for path in _USUAL if path in found][:1]
     several = averages or usual or list(found)
     if len(several) == 1:
         return several[0]
-    if not several:
-        under = "" if key is None else f" under {key!r}"
-        raise ArgumentError(
-            f"{where} must hold tensors by name{under}, got none. Save a state dict."
-        )
     listed = ", ".join(f"{path!r} ({len(found[path].tensors)} tensors)" for path in several[:8])
     raise ArgumentError(f"key must say which weights of {where} are meant, one of {listed}.")
+
+
+def _nothing(start: Place, key: str | None, where: str) -> ArgumentError:
+    """What to say of a place without weights: what is there instead, where that is known."""
+    under = f" under {key!r}" if key else ""
+    for place in _all_places(start):
+        for name, value in named(place.tree).items():
+            if isinstance(value, Unreadable):
+                path = f"{place.path}.{name}" if place.path else name
+                return ArgumentError(
+                    f"{where} must hold tensors by name{under}, got {value.what} as {path!r}. "
+                    f"{value.remedy}"
+                )
+    return ArgumentError(f"{where} must hold tensors by name{under}, got none. Save a state dict.")
 
 
 def _under(top: Place, key: str, where: str) -> Place:
@@ -100,6 +122,14 @@ def _walk(place: Place, path: str) -> Place | None:
 
 def _places(start: Place) -> Iterator[Place]:
     """Places with weights, from the outside in, each once."""
+    for place in _all_places(start):
+        weights = any(_is_weight(value) for value in named(place.tree).values())
+        if weights or is_polyak_row(place.tree):
+            yield place
+
+
+def _all_places(start: Place) -> Iterator[Place]:
+    """Mappings where weights could be, from the outside in, each once."""
     seen: set[int] = set()
     waiting = deque([(start, 0)])
     while waiting:
@@ -107,19 +137,21 @@ def _places(start: Place) -> Iterator[Place]:
         if id(place.tree) in seen:
             continue
         seen.add(id(place.tree))
-        if is_polyak_row(place.tree):
-            yield place
-            continue
-        if any(_is_weight(value) for value in named(place.tree).values()):
-            yield place
-        if depth < _DEEPEST:
+        yield place
+        if depth < _DEEPEST and not is_polyak_row(place.tree):
             waiting += [
                 (place.child(name, value), depth + 1)
                 for name, value in named(place.tree).items()
-                if isinstance(value, Mapping) and not name.startswith(_NOT_WEIGHTS)
+                if isinstance(value, Mapping) and not _is_apart(name, value)
                 # beside its averages a state of ours holds live weights and a window's ring
                 if name == "averages" or not is_polyak_state(place.tree)
             ]
+
+
+def _is_apart(name: str, tree: Mapping[object, object]) -> bool:
+    """Whether it is the state of an optimizer or of something else beside the model."""
+    words = set(re.split(r"[_.]", name.lower()))
+    return bool(words & _NOT_WEIGHTS) or "param_groups" in tree
 
 
 def _is_weight(value: object) -> bool:

@@ -20,7 +20,7 @@ from ._bytes import File
 from ._checkpoint import Contents, Files, Later, Unreadable
 from ._folder import inside
 from ._pickle import Call, Name, read_pickle
-from ._stored import Stored, TensorInfo, checked_shape, read_boxes
+from ._stored import Stored, TensorInfo, check_unfolded, checked_shape, read_boxes
 from ._torch import DTYPES, read_torch
 
 METADATA = ".metadata"
@@ -104,11 +104,17 @@ def read_dcp(folder: Path, files: Files) -> Contents:
         path = paths.get(name) if isinstance(paths, dict) else None
         if not _put(tree, path if _is_path(path) else (name,), reader.node(name, entry)):
             raise _damaged(folder, f"something else has the place of {name!r:.80}")
+    check_unfolded(reader.tensors, reader.size, METADATA)
     return Contents("torch distributed checkpoint", tree)
 
 
 def _is_path(path: object) -> bool:
-    return isinstance(path, tuple) and path != () and all(type(key) in (str, int) for key in path)
+    """Names of mappings, and places in lists."""
+    return (
+        isinstance(path, tuple)
+        and path != ()
+        and all(type(key) is str or (type(key) is int and 0 <= key < 2**31) for key in path)
+    )
 
 
 def _put(tree: dict[Any, object], path: Any, value: object) -> bool:
@@ -155,7 +161,13 @@ class _Reader:
 
     def __init__(self, folder: Path, files: Files, pieces: Mapping[str, list[Piece]]) -> None:
         self.folder, self.files, self.pieces = folder, files, pieces
+        self.tensors: list[Chunked] = []
         self._checked: dict[str, File] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that hold pieces."""
+        return sum(file.size for file in {*self._checked.values()})
 
     def node(self, name: str, entry: object) -> object:
         """One entry: a tensor in pieces, or a small value that is read when asked for."""
@@ -169,7 +181,8 @@ class _Reader:
         if dtype is None:
             return Unreadable("a tensor of an unknown dtype", "Convert it to another one.")
         info = TensorInfo(dtype, checked_shape(fields.get("size"), name, METADATA))
-        return self._tensor(name, info, fields.get("chunks"), pieces)
+        self.tensors.append(self._tensor(name, info, fields.get("chunks"), pieces))
+        return self.tensors[-1]
 
     def _dtype(self, properties: object) -> torch.dtype | None:
         state = properties.state if isinstance(properties, Call) else None

@@ -1,7 +1,8 @@
 """Folders of weights as Hugging Face lays them out: one file or shards with an index."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,14 @@ def read_one(path: Path, files: Files) -> Contents:
     """One file of weights in a folder, with what belongs to it."""
     if path.suffix == ".safetensors":
         stored, metadata = read_header(files.open(path))
-        contents = Contents("safetensors file", stored, metadata, noted_ties(stored, metadata))
+        contents = Contents("safetensors file", stored, metadata, trusted_ties(stored, metadata))
     else:
         contents = Contents("torch file", _mapping(read_torch(files.open(path)), path))
     return _with_side_files(contents, path.parent, files)
 
 
 def read_index(path: Path, files: Files) -> Contents:
-    """Shards, each with exactly the tensors that the index says."""
+    """Shards, and of each the tensors that the index lists for it; others it may have too."""
     folder, index = path.parent, read_json(path, files)
     listed = index.get("weight_map")
     if not (
@@ -65,7 +66,10 @@ def read_index(path: Path, files: Files) -> Contents:
         and listed
         and all(isinstance(shard, str) for shard in listed.values())
     ):
-        raise ArgumentError(f"{path.name} must have a weight_map of names to files.")
+        raise ArgumentError(
+            f"{path.name} must have a weight_map of names to files, got none. "
+            "Download the folder again."
+        )
     shards: dict[str, dict[str, None]] = {}
     for name, shard in listed.items():
         shards.setdefault(shard, {})[name] = None
@@ -74,14 +78,13 @@ def read_index(path: Path, files: Files) -> Contents:
     metadata: dict[str, str] = {}
     for shard, names in shards.items():
         found, words = _shard(places[shard], files)
-        # A shard may hold more than the index lists, as a remainder of another conversion would.
-        if found.keys() != names.keys():
-            wrong = sorted(found.keys() ^ names.keys())
+        missing = sorted(names.keys() - found.keys())
+        if missing:
             raise ArgumentError(
-                f"{shard} must hold the tensors that {path.name} lists for it, got {wrong[:3]} in "
-                "only one of the two. Download the folder again."
+                f"{shard} must hold the tensors that {path.name} lists for it, got no "
+                f"{missing[:3]}. Download the folder again."
             )
-        tree |= found
+        tree |= {name: found[name] for name in names}
         metadata |= words
     kind = "safetensors" if path.name.endswith(f".safetensors{_INDEX}") else "torch"
     plural = "s" if len(shards) > 1 else ""
@@ -89,7 +92,7 @@ def read_index(path: Path, files: Files) -> Contents:
         f"sharded {kind}, {len(shards)} file{plural}",
         {name: tree[name] for name in listed},
         metadata,
-        noted_ties(tree, metadata),
+        trusted_ties(tree, metadata),
     )
     return _with_side_files(contents, folder, files)
 
@@ -103,8 +106,28 @@ def _shard(path: Path, files: Files) -> tuple[Mapping[str, object], dict[str, st
 
 def _mapping(value: object, path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise ArgumentError(f"{path.name} must hold tensors by name, got another object.")
+        raise ArgumentError(
+            f"{path.name} must hold tensors by name, got another object. Save a state dict, not a "
+            "model or a list."
+        )
     return value
+
+
+def trusted_ties(tensors: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The ties that metadata notes, and not its other words that happen to look like one.
+
+    Ours are listed as ties. Others note them as {dropped name: kept name} beside anything: there a
+    name without a dot, such as "license", is one only where the metadata has no other words.
+    """
+    noted = noted_ties(tensors, metadata)
+    listed = noted_ties(tensors, {"polyak": metadata.get("polyak", "{}")})
+    only_ties = metadata.keys() <= {*noted, "format", "polyak"}
+    return {n: kept for n, kept in noted.items() if only_ties or n in listed or "." in n}
+
+
+def is_weights_name(name: str) -> bool:
+    """Whether a folder's weights are looked for under this name."""
+    return name in _WEIGHTS
 
 
 def inside(folder: Path, name: str, *, listed_in: str | None = None) -> Path:
@@ -117,7 +140,10 @@ def inside(folder: Path, name: str, *, listed_in: str | None = None) -> Path:
     plain = name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
     path = folder / name if plain else folder
     if not plain:
-        raise ArgumentError(f"{name!r:.80}{by} must be a plain name of a file in the folder.")
+        raise ArgumentError(
+            f"{name!r:.80}{by} must be a plain name of a file in the folder. "
+            "Write an index without folders in it."
+        )
     try:
         real, home = path.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle; half a letter
@@ -128,7 +154,10 @@ def inside(folder: Path, name: str, *, listed_in: str | None = None) -> Path:
     if home.parent.name == "snapshots":
         allowed.add(home.parent.parent / "blobs")
     if real.parent not in allowed:
-        raise ArgumentError(f"{name!r:.80}{by} must lie in its folder, got a link out of it.")
+        raise ArgumentError(
+            f"{name!r:.80}{by} must lie in its folder, got a link out of it. "
+            "Copy the file into the folder."
+        )
     return path
 
 
@@ -136,13 +165,20 @@ def read_json(path: Path, files: Files) -> dict[str, Any]:
     """A small file that holds a mapping in JSON."""
     file = files.open(path)
     if file.size > _LARGEST_JSON:
-        raise ArgumentError(f"{path.name} must be a small file, got {file.size} bytes.")
+        raise ArgumentError(
+            f"{path.name} must be a small file, got {file.size} bytes. Check that it is JSON."
+        )
     try:
         value = json.loads(file.read(0, file.size).decode())
     except (ValueError, RecursionError) as error:
-        raise ArgumentError(f"{path.name} must be JSON, got {error!s:.80}.") from error
+        raise ArgumentError(
+            f"{path.name} must be JSON, got {error!s:.80}. Download the folder again."
+        ) from error
     if not isinstance(value, dict):
-        raise ArgumentError(f"{path.name} must hold names in JSON, got another value.")
+        raise ArgumentError(
+            f"{path.name} must hold names in JSON, got {type(value).__name__}. "
+            "Download the folder again."
+        )
     return value
 
 
@@ -160,7 +196,11 @@ def _with_side_files(contents: Contents, folder: Path, files: Files) -> Contents
         if path.is_file() and path.stat().st_size <= _LARGEST_SIDE_FILE:
             side.append(path)
     config = folder / "config.json"
-    hints = read_json(config, files) if config in side else {}
+    hints: dict[str, Any] = {}
+    if config in side:
+        # It only helps to recognise an average: a broken one is no reason to refuse the weights.
+        with suppress(ArgumentError):
+            hints = read_json(config, files)
     return Contents(
         contents.kind, contents.tree, contents.metadata, contents.ties, tuple(side), hints
     )

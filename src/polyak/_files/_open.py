@@ -7,8 +7,8 @@ from .._errors import ArgumentError
 from ._checkpoint import Checkpoint, Contents, Files
 from ._choice import choose
 from ._dcp import METADATA, read_dcp
-from ._folder import read_folder, read_index
-from ._safetensors import noted_ties, read_header
+from ._folder import read_folder, read_index, trusted_ties
+from ._safetensors import read_header
 from ._torch import LEGACY, ZIP, read_torch
 
 _OTHERS = {
@@ -26,22 +26,26 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
     `torch.distributed.checkpoint`. The format is told from the contents. Names keep their form,
     except for a wrapper's prefix common to all of them (`module.`, `_orig_mod.`).
 
-    Where several things are in a file, the average is taken when exactly one is recognised (of
-    polyak, ema-pytorch, timm, torch's AveragedModel, diffusers, Lightning; `origin` says whose),
-    else the one under a usual name (`state_dict`, `model`, `model_state_dict`, `module`), else the
-    only one there is.
+    Where several things are in a file, the average is taken when exactly one is recognised: of
+    polyak, ema-pytorch, timm, torch's AveragedModel, diffusers, Lightning, or under a name with the
+    word `ema`, such as `model_ema`; `origin` says whose. Else the one under a usual name
+    (`state_dict`, `model`, `model_state_dict`, `module`), else the only one there is.
 
     Args:
         path: a file or folder.
-        key: the way to other weights in it, such as "model" or "ema.shadow".
+        key: the way to other weights in it, such as "model" or "ema.shadow"; "" for those that lie
+            at the top.
 
     Raises:
         FileNotFoundError: nothing of that name.
         ArgumentError: no checkpoint, a damaged one, or several weights that could be meant.
     """
     path = Path(path)
-    if key is not None and not (isinstance(key, str) and key):
-        raise ArgumentError(f"key must be the name of a place in the file, got {key!r}.")
+    if key is not None and not isinstance(key, str):
+        raise ArgumentError(
+            f"key must be the name of a place in the file, got {key!r}. "
+            'Pass names with dots, like "ema.shadow".'
+        )
     if not path.exists():
         raise FileNotFoundError(f"path must be a checkpoint, got {str(path)!r} which is not there.")
     files = Files()
@@ -89,7 +93,7 @@ def _contents(path: Path, files: Files) -> Contents:
                 f"path must be a checkpoint that polyak reads, got {str(path)!r}: {what}."
             )
     stored, metadata = read_header(file)
-    return Contents("safetensors file", stored, metadata, noted_ties(stored, metadata))
+    return Contents("safetensors file", stored, metadata, trusted_ties(stored, metadata))
 
 
 def _words(tree: object) -> str:

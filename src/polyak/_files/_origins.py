@@ -2,18 +2,19 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-import torch
-
 from ._checkpoint import Contents, Later, Unreadable
-from ._stored import Source, Stored
+from ._stored import Source
 
 _WRAPPERS = ("module.", "_orig_mod.")
-_STRETCH = 2**18  # elements
 _EXTRA = "_extra_state"  # torch's name for what a module saves that is no tensor
+_EMA = re.compile(r"(?:^|[_.])ema(?:[_.]|$)", re.IGNORECASE)
+_OF_MANY = re.compile(r"ema_models\.\d+")  # in a PostHocEMA of ema-pytorch
+_OF_LITEMA = {"decay", "num_updates"}
 _DIFFUSERS = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup"}
 
 Tree = Mapping[str, object]
@@ -120,10 +121,24 @@ def _plain(
     tensors = {
         name: value
         for name, value in values.items()
-        if is_tensor(value) or (isinstance(value, Unreadable) and not name.endswith(_EXTRA))
+        if is_tensor(value) or (_may_be_tensor(value) and not name.endswith(_EXTRA))
     }
     left_out = tuple(name for name in values if name not in tensors)
     return Choice(tensors, origin, step, left_out=left_out)
+
+
+def _may_be_tensor(value: object) -> bool:
+    """Whether something unreadable could be a weight, which must not get lost without a word.
+
+    An object of a class that is none of torch's and not called a tensor is none: the settings of a
+    program, a path. What a function would make may be anything, but for a single number of NumPy.
+    """
+    if not isinstance(value, Unreadable):
+        return False
+    module, _, name = value.what.rpartition(".")
+    is_object = name[:1].isupper() and not module.startswith("torch")
+    is_weight = name.endswith(("Tensor", "Parameter", "Storage"))
+    return (not is_object or is_weight) and not value.what.endswith(".multiarray.scalar")
 
 
 # ── polyak ───────────────────────────────────────────────────────────────────────────────────────
@@ -170,7 +185,11 @@ def _polyak_state(place: Place, contents: Contents) -> Choice | None:
 
 
 def _full_set(averaged: Tree, state: Place) -> Tree:
-    """The averaged tensors in the place of those of the model beside them, tied ones too."""
+    """The averaged tensors in the place of those of the model beside them.
+
+    Under all names of a tied tensor, which the state lists: equal values say nothing, since two
+    weights may be equal by chance or by their initialization, one of them frozen.
+    """
     beside = [
         _bare(named(value))
         for value in state.around.values()
@@ -182,43 +201,14 @@ def _full_set(averaged: Tree, state: Place) -> Tree:
     model = models[0]
     lent = _mapping(state.tree.get("live"))  # of a state that was taken inside `applied()`
     rest = {**model, **{name: value for name, value in lent.items() if name in model}}
-    twins = _twins(model, averaged)
-    return {name: averaged.get(twins.get(name, name), value) for name, value in rest.items()}
+    kept = {name: _word(target) for name, target in _mapping(state.tree.get("ties")).items()}
+    return {name: averaged.get(kept.get(name, name), value) for name, value in rest.items()}
 
 
-def _twins(model: Tree, averaged: Tree) -> dict[str, str]:
-    """Names of the model that share the bytes of a name that is averaged, with that name.
-
-    A format that writes tied tensors twice (torch.distributed.checkpoint) has forgotten the tie:
-    there they are twins when all their elements are equal, among tensors of one dtype and shape.
-    """
-    found: dict[str, str] = {}
-    known: dict[object, list[str]] = {}
-    for name in averaged:
-        value = model[name]
-        if is_tensor(value) and value.info.numel:
-            known.setdefault(value, []).append(name)
-            if not isinstance(value, Stored):
-                known.setdefault(value.info, []).append(name)
-    for name in model.keys() - averaged.keys():
-        value = model[name]
-        if is_tensor(value) and value.info.numel:
-            twins = known.get(value, [])[:1] or [
-                other for other in known.get(value.info, []) if _equal(value, model[other])
-            ]
-            if twins:
-                found[name] = twins[0]
-    return found
-
-
-def _equal(a: Source, b: object) -> bool:
-    """Whether all elements are equal, read by stretches up to the first difference."""
-    assert is_tensor(b)
-    stops = [*range(_STRETCH, a.info.numel, _STRETCH), a.info.numel]
-    return all(
-        torch.equal(a.read(max(0, stop - _STRETCH), stop), b.read(max(0, stop - _STRETCH), stop))
-        for stop in stops
-    )
+def _word(value: object) -> str:
+    """A name that a checkpoint holds; empty when it is none."""
+    value = value.value() if isinstance(value, Later) else value
+    return value if isinstance(value, str) else ""
 
 
 def _bare(tree: Tree) -> Tree:
@@ -273,6 +263,56 @@ def _diffusers(place: Place, contents: Contents) -> Choice | None:
     return _plain(place.tree, origin="diffusers EMAModel", step=step)
 
 
+def _called_ema(place: Place, contents: Contents) -> Choice | None:
+    """A place that is called an EMA, or lies in one: `model_ema`, `ema_state_dict`, `ema.shadow`.
+
+    The model that an EMA follows may be kept in it too; numbers alone are its settings, and several
+    averages in one place are none.
+    """
+    if not _EMA.search(place.path) or "online" in place.name:
+        return None
+    if any(_OF_MANY.match(name) for name in named(place.tree)):
+        return None
+    choice = _plain(place.tree, origin=f"EMA under {place.path!r}")
+    weights = [value for value in choice.tensors.values() if is_tensor(value)]
+    return choice if any(value.info.shape for value in weights) else None
+
+
+def flat_averages(place: Place) -> Iterator[Place]:
+    """Averages among the names of a model that was saved together with its EMA.
+
+    `model_ema.w` beside `model.w`, or beside `w`: every name after the prefix is one of the live
+    model. LitEma drops the dots of names, which are put back:
+    https://github.com/CompVis/latent-diffusion/blob/main/ldm/modules/ema.py
+    """
+    groups: dict[str, dict[str, object]] = {}
+    for name, value in named(place.tree).items():
+        many = _OF_MANY.match(name)
+        prefix = many[0] if many else name.partition(".")[0]
+        rest = name.removeprefix(prefix)
+        groups.setdefault(prefix if rest else "", {})[rest.removeprefix(".") or name] = value
+    for prefix, tree in groups.items():
+        if _OF_MANY.fullmatch(prefix):
+            yield place.child(prefix, tree)
+        elif _EMA.search(prefix):
+            bare = {n: v for n, v in named(place.tree).items() if not n.startswith(f"{prefix}.")}
+            others = [part for other, part in groups.items() if not _EMA.search(other)]
+            fitting = [found for live in (*others, bare) if (found := _as_in(live, tree))]
+            if fitting:
+                yield place.child(prefix, fitting[0])
+
+
+def _as_in(live: Tree, average: Tree) -> Tree | None:
+    """The average under the names of the live model; None when it is of another one."""
+    if average.keys() <= live.keys():
+        return average
+    average = {name: value for name, value in average.items() if name not in _OF_LITEMA}
+    dotted = {name.replace(".", ""): name for name in live}
+    if len(dotted) < len(live) or not average.keys() <= dotted.keys():
+        return None
+    return {dotted[name]: value for name, value in average.items()}
+
+
 _LIBRARIES: tuple[Callable[[Place, Contents], Choice | None], ...] = (
     _polyak_file,
     _polyak_state,
@@ -281,4 +321,5 @@ _LIBRARIES: tuple[Callable[[Place, Contents], Choice | None], ...] = (
     _lightning,
     _timm,
     _diffusers,
+    _called_ema,
 )

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from .._errors import ArgumentError
 
@@ -31,7 +32,7 @@ class Persistent:
 
 @dataclass(eq=False, slots=True)
 class OddKey:
-    """A key of a dict that is no plain value: hashing it could take forever, so it is not."""
+    """A key of a dict that is not used as one: hashing it, or finding it, could take forever."""
 
     value: object
 
@@ -39,7 +40,9 @@ class OddKey:
 _MARK = object()
 _DICTS = {"collections.OrderedDict", "collections.defaultdict", "builtins.dict"}
 _ROOT = {"copyreg._reconstructor", "copy_reg._reconstructor"}
-_KEYS = (str, int, float, bool, bytes, type(None), Name, Call)
+_KEYS = (str, bool, bytes, type(None), Name, Call)
+_HASHED_AS_ITSELF = 2**61 - 1  # whole numbers below; above, all multiples of it share one hash
+_OLD = (b"(", b"}", b"]", b"c")  # how an object's pickle begins before protocol 2
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,11 @@ def read_pickle(
         OverflowError,
         struct.error,
     ) as error:
+        if data[at : at + 1] in _OLD:
+            raise ArgumentError(
+                f"{where} must hold a pickle of protocol 2 to 5, got one saved with protocol 0 or "
+                "1. Load it with torch.load, if you trust it, and save it with protocol 2 or newer."
+            ) from error
         raise ArgumentError(
             f"{where} must hold a whole pickle of protocol 2 to 5, got a damaged one at byte "
             f"{machine.at}. Copy or download it again."
@@ -109,6 +117,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, object] = {}
         self.identities: list[object] = []
+        self.copied = 0  # items of lists, by calls that make something else of them
 
     def run(self) -> object:
         while True:
@@ -164,13 +173,22 @@ class _Machine:
             raise TypeError("arguments must be a tuple")
         if isinstance(function, Name) and function in _DICTS:
             pairs = arguments[0] if function != "collections.defaultdict" and arguments else []
-            self.push({_key(key): value for key, value in pairs})
-        elif function == "torch.Size" and arguments and isinstance(arguments[0], tuple | list):
-            self.push(tuple(arguments[0]))
+            self.push({_key(key): value for key, value in self.counted(pairs)})
+        elif function == "torch.Size" and arguments and isinstance(arguments[0], tuple):
+            self.push(arguments[0])
         elif isinstance(function, Name) and function in _ROOT:
             self.push(Call(arguments[0], ()))
         else:
             self.push(Call(function, arguments))
+
+    def counted(self, items: object) -> list[Any] | tuple[Any, ...]:
+        """Items to be copied: more than the pickle has bytes are the same ones again and again."""
+        if not isinstance(items, list | tuple):
+            raise TypeError("items must be in a list")
+        self.copied += len(items)
+        if self.copied > len(self.data):
+            raise ValueError("a list is copied again and again")
+        return items
 
     def persistent(self) -> None:
         identity = self.stack.pop()
@@ -221,6 +239,8 @@ class _Machine:
 
 
 def _key(value: object) -> object:
+    if type(value) is int:
+        return value if abs(value) < _HASHED_AS_ITSELF else OddKey(value)
     return value if type(value) in _KEYS else OddKey(value)
 
 

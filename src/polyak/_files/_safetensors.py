@@ -54,7 +54,9 @@ def read_header(file: File) -> tuple[dict[str, Stored], dict[str, str]]:
     Every byte of the file belongs to the header or to exactly one tensor.
     """
     header, begin = _parsed(file)
-    metadata = header.pop(_NOTED, {})
+    metadata = header.pop(_NOTED, None)
+    if metadata is None:  # absent, or null as other writers have it
+        metadata = {}
     if not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):

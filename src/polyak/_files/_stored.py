@@ -1,7 +1,7 @@
 """Where the elements of a tensor lie on disk, and how any stretch of them is read."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,8 @@ from ._bytes import File
 _MOST_DIMENSIONS = 64
 _MOST_ELEMENTS = 2**63 - 1
 _GAP = 4096  # elements: a second read costs about as much as reading past so many
-_SMALL = 16 * 2**20  # bytes that an expanded tensor may always unfold to
+_SMALL = 16 * 2**20  # bytes beyond its own size that any file may unfold to
+_FOLD = 4  # times its own size to which a large file may unfold
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,20 @@ def checked_shape(shape: object, name: str, where: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def check_unfolded(sources: Iterable[Source], size: int, where: str) -> None:
+    """Raise when tensors, each read once, are much more than the `size` bytes they lie in.
+
+    Views may share bytes, and an expanded one repeats them: a file of a few hundred bytes could
+    ask for all the memory there is.
+    """
+    total = sum(source.info.nbytes for source in sources)
+    if total > max(_FOLD * size, size + _SMALL):
+        raise ArgumentError(
+            f"{where}: tensors must not unfold to much more than the file, got views of {total} "
+            f"bytes in {size}. Save them with .clone(), or leave the expanded ones out."
+        )
+
+
 def checked_view(
     file: File,
     storage: range,
@@ -218,11 +233,6 @@ def checked_view(
         raise ArgumentError(
             f"{where}: a tensor must lie in its storage of {len(storage)} bytes, got a view that "
             f"ends at byte {(last + 1) * size}. The file is damaged; copy it again."
-        )
-    if info.nbytes > max(file.size, _SMALL):
-        raise ArgumentError(
-            f"{where}: a tensor must not unfold to more than the file, got an expanded tensor of "
-            f"{info.nbytes} bytes. Save it with .contiguous(), or without it."
         )
     # Where a size is 1 its stride says nothing.
     plain = all(

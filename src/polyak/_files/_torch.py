@@ -18,7 +18,7 @@ from .._errors import ArgumentError
 from ._bytes import File
 from ._checkpoint import Unreadable
 from ._pickle import Call, Name, Persistent, Pickled, read_pickle
-from ._stored import TensorInfo, checked_shape, checked_view
+from ._stored import Stored, TensorInfo, check_unfolded, checked_shape, checked_view
 
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # a pickle of one long number
@@ -40,6 +40,13 @@ _STORAGES = {
     "torch.ComplexDoubleStorage": torch.complex128,
     "torch.storage.UntypedStorage": torch.uint8,
     "torch.UntypedStorage": torch.uint8,
+}
+_UNREAD_WIDTHS = {  # bytes of an element of storages that are not read, only passed over
+    "torch.QInt8Storage": 1,
+    "torch.QInt32Storage": 4,
+    "torch.QUInt8Storage": 1,
+    "torch.QUInt4x2Storage": 1,
+    "torch.QUInt2x4Storage": 1,
 }
 _LATER_DTYPES = (  # of tensors whose storage says only how many bytes it has
     "uint16 uint32 uint64 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
@@ -124,6 +131,13 @@ def _read_zip(file: File, start: int, size: int) -> object:
             "torch.jit.load, if you trust it, and save its state_dict()."
         )
 
+    packed = [info for info in records.values() if info.compress_type or info.flag_bits & 1]
+    if packed:
+        raise ArgumentError(
+            f"{file.path.name} must hold its records as they are, got {packed[0].filename!r:.80} "
+            f"compressed or encrypted. {_RESAVE}"
+        )
+
     def contents(name: str) -> bytes:
         place = _place(file, start, size, records[name])
         return file.read(place.start, len(place))
@@ -141,11 +155,11 @@ def _read_zip(file: File, start: int, size: int) -> object:
             raise _damaged(file, f"storage {key!r:.40} is not in it")
         return _place(file, start, size, records[name])
 
-    return _Reader(file, place).node(read_pickle(pickle, file.path.name).value)
+    return _Reader(file, place).tree(read_pickle(pickle, file.path.name).value, size)
 
 
 def _records(file: File, start: int, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The archive's directory, each record once, none compressed or encrypted."""
+    """The archive's directory, each record once."""
     try:
         with zipfile.ZipFile(_Stretch(file, start, size)) as archive:
             listed = archive.infolist()
@@ -154,12 +168,6 @@ def _records(file: File, start: int, size: int) -> dict[str, zipfile.ZipInfo]:
     records = {info.filename: info for info in listed}
     if len(records) < len(listed):
         raise _damaged(file, "a record occurs twice in its archive")
-    packed = [info.filename for info in listed if info.compress_type or info.flag_bits & 1]
-    if packed:
-        raise ArgumentError(
-            f"{file.path.name} must hold its records as they are, got {packed[0]!r:.80} compressed "
-            f"or encrypted. {_RESAVE}"
-        )
     return records
 
 
@@ -197,8 +205,8 @@ def _read_legacy(file: File, start: int, size: int) -> object:
         raise _damaged(file, "its list of storages cannot be read")
     widths = {}
     for identity in found[3].identities:
-        dtype, key, _ = _storage_identity(identity, file)
-        widths[key] = dtype.itemsize
+        kind, key, _ = _storage_identity(identity, file)
+        widths[key] = _width(kind, file)
     places = _places(file, range(start + found[4].end, start + size), keys, widths)
 
     def place(key: str) -> range:
@@ -206,7 +214,18 @@ def _read_legacy(file: File, start: int, size: int) -> object:
             raise _damaged(file, f"storage {key!r:.40} is not in it")
         return places[key]
 
-    return _Reader(file, place).node(value)
+    return _Reader(file, place).tree(value, size)
+
+
+def _width(kind: str, file: File) -> int:
+    """Bytes of an element, without which the storages after it cannot be found."""
+    if kind in _STORAGES:
+        return _STORAGES[kind].itemsize
+    if kind not in _UNREAD_WIDTHS:
+        raise ArgumentError(
+            f"{file.path.name} must hold storages of known classes, got {kind:.80}. {_RESAVE}"
+        )
+    return _UNREAD_WIDTHS[kind]
 
 
 def _places(
@@ -228,14 +247,13 @@ def _places(
 # ── from the pickle to tensors ───────────────────────────────────────────────────────────────────
 
 
-def _storage_identity(identity: object, file: File) -> tuple[torch.dtype, str, int]:
-    """Dtype, key and number of elements of ("storage", class, key, device, elements, …)."""
+def _storage_identity(identity: object, file: File) -> tuple[str, str, int]:
+    """Class, key and number of elements of ("storage", class, key, device, elements, …)."""
     match identity:
         # What follows is None, or in an old file the part of another storage that this one is.
         case ("storage", Name() as kind, str() as key, _, int() as count, *rest) if not any(rest):
-            dtype = _STORAGES.get(kind.replace("torch.cuda.", "torch.", 1))
-            if dtype is not None and 0 <= count <= file.size:
-                return dtype, key, count
+            if 0 <= count <= file.size:
+                return kind.replace("torch.cuda.", "torch.", 1), key, count
     raise _damaged(file, "one of its storages cannot be read")
 
 
@@ -246,6 +264,13 @@ class _Reader:
         self.file, self.place = file, place
         self._done: dict[int, object] = {}
         self._storages: dict[str, _Storage] = {}
+        self._views: set[Stored] = set()
+
+    def tree(self, value: object, size: int) -> object:
+        """The node of the whole, which lies in `size` bytes."""
+        root = self.node(value)
+        check_unfolded(self._views, size, self.file.path.name)
+        return root
 
     def node(self, value: object, depth: int = 0) -> object:
         """Mappings of names to nodes, tensors, plain values and `Unreadable`."""
@@ -312,16 +337,20 @@ class _Reader:
                 "a tensor to be conjugated or negated",
                 "Save it with .resolve_conj().resolve_neg().",
             )
-        storage = self._storage(identity)
+        kind, key, count = _storage_identity(identity, self.file)
+        if kind not in _STORAGES:
+            return Unreadable(f"a tensor in a {kind:.80}", "Convert it to a usual dtype.")
+        storage = self._storage(_STORAGES[kind], key, count)
         dtype = storage.dtype if later is None else DTYPES.get(later)
         if dtype is None:
             return Unreadable("a tensor of an unknown dtype", "Convert it to another one.")
         info = TensorInfo(dtype, checked_shape(shape, "a tensor", self.file.path.name))
-        return checked_view(self.file, storage.place, first, info, strides)
+        view = checked_view(self.file, storage.place, first, info, strides)
+        self._views.add(view)
+        return view
 
-    def _storage(self, identity: object) -> _Storage:
-        """The storage of that identity, which must be the same wherever its key is named."""
-        dtype, key, count = _storage_identity(identity, self.file)
+    def _storage(self, dtype: torch.dtype, key: str, count: int) -> _Storage:
+        """The storage of that key, which must be the same wherever it is named."""
         if key not in self._storages:
             self._storages[key] = _Storage(self.place(key), dtype, count)
         storage = self._storages[key]

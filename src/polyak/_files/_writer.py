@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import threading
 from bisect import bisect_left
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from .._errors import ArgumentError, OrderError
 from ._atomic import folder_written_whole, written_whole
+from ._folder import _OF_TRAINING, _SIDE_FILES
 from ._safetensors import check_known, element_bytes, encoded_header
 from ._stored import TensorInfo
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class _Place:
@@ -118,7 +121,7 @@ def checkpoint_writer(
         max_shard_size: bytes of tensors in one file of a folder; a single tensor may have more.
         aliases: names of tied tensors with the name that is written for them; noted, not written.
         side_files: copied into a folder.
-        force: replace a folder of weights that is there.
+        force: replace a folder that is there, if it holds weights and what belongs to them only.
 
     Raises:
         ArgumentError: a place that cannot be used, or tensors that the format cannot hold; when
@@ -234,12 +237,26 @@ def _check_replaceable(path: Path, force: bool) -> None:
             f"path must be a new folder, got {str(path)!r} which is there. Pass force=True to "
             "replace it."
         )
-    foreign = [entry.name for entry in entries if not entry.is_file()]
+    foreign = sorted(entry.name for entry in entries if not _is_replaceable(entry))
     if foreign or (entries and not any(entry.suffix == ".safetensors" for entry in entries)):
         raise ArgumentError(
-            f"path must be a folder of weights to be replaced, got {str(path)!r} with "
-            f"{(foreign or [entry.name for entry in entries])[:3]}. Remove it yourself."
+            f"path must be a folder of weights and nothing else to be replaced, got {str(path)!r} "
+            f"with {(foreign or sorted(entry.name for entry in entries))[:3]}. Move what you want "
+            "to keep, or choose a new folder."
         )
+
+
+def _is_replaceable(entry: Path) -> bool:
+    """Whether it is what this module writes into a folder: weights, an index, a side file."""
+    name = entry.name
+    side = (
+        entry.suffix in _SIDE_FILES
+        and name not in _OF_TRAINING
+        and not name.startswith(".")
+        and not name.endswith(".index.json")
+    )
+    weights = name in (_SINGLE, _INDEX) or _SHARD.fullmatch(name) is not None
+    return entry.is_file() and (side or weights)
 
 
 def _check_side_files(side_files: Sequence[Path]) -> None:

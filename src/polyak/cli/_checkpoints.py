@@ -1,6 +1,7 @@
 """Commands on checkpoint files: merge, soup, inspect, diff."""
 
 import ast
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,7 +63,7 @@ Integers = Annotated[
     str | None,
     typer.Option(
         "--integers",
-        help="The checkpoint that gives integers and booleans.",
+        help="The checkpoint that gives integers and booleans: its path or number, from 0.",
         show_default="they must agree",
     ),
 ]
@@ -135,7 +136,7 @@ def merge(
             steps=_numbers("--steps", steps),
             dtype=dtype_of(dtype),
             key=key,
-            integers=integers,
+            integers=_named(integers),
             nonfinite="ignore" if ignore_nonfinite else "raise",
             max_shard_size=size_of(max_shard_size),
             force=force,
@@ -194,7 +195,7 @@ def soup(
             score_of="file",
             dtype=dtype_of(dtype),
             key=key,
-            integers=integers,
+            integers=_named(integers),
             nonfinite="ignore" if ignore_nonfinite else "raise",
             max_shard_size=size_of(max_shard_size),
             force=force,
@@ -256,6 +257,13 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         raise typer.BadParameter(
             f"must be numbers like 1,2,3, got {text!r}.", param_hint=option
         ) from None
+
+
+def _named(text: str | None) -> str | int | None:
+    """A checkpoint by its place in the list, unless a file has that name."""
+    if text is not None and re.fullmatch(r"-?\d+", text) and not Path(text).exists():
+        return int(text)
+    return text
 
 
 def _schedule(text: str) -> Schedule:

@@ -20,6 +20,7 @@ from polyak._files import Checkpoint, TensorInfo
 
 _WIDTH_OF_A_PIPE = 180
 _SHOWN = 40  # rows of tensors, unless all are asked for
+_LONG = 400  # letters of one word of metadata, unless all are asked for
 
 
 def as_json(value: object) -> str:
@@ -80,7 +81,7 @@ def show_checkpoint(checkpoint: Checkpoint, *, as_data: bool, every: bool) -> No
     console.print(Text(f"{len(own)} tensors: {_by_dtype(own)}"))
     for name, target in checkpoint.aliases.items():
         console.print(Text(f"tied: {name} = {target}"))
-    _show_metadata(console, checkpoint.metadata)
+    _show_metadata(console, checkpoint.metadata, every=every)
     for path in checkpoint.side_files:
         console.print(Text(f"beside: {path.name}"))
     if checkpoint.left_out:
@@ -97,11 +98,12 @@ def show_checkpoint(checkpoint: Checkpoint, *, as_data: bool, every: bool) -> No
     _show_rest(console, len(rows), every=every)
 
 
-def _show_metadata(console: Console, metadata: Mapping[str, str]) -> None:
-    """All of it; what a merge of ours wrote down, line by line."""
+def _show_metadata(console: Console, metadata: Mapping[str, str], *, every: bool) -> None:
+    """What a merge of ours wrote down, line by line; the start of other words that are long."""
     for name, value in metadata.items():
         lines = _recipe(value) if name == "polyak" else None
-        for line in lines or [f"metadata: {name} = {value}"]:
+        shown = value if every or len(value) <= _LONG else f"{value[:_LONG]}…"
+        for line in lines or [f"metadata: {name} = {shown}"]:
             console.print(Text(line))
 
 
