@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import polyak
 from polyak.cli import _progress, main
+from polyak.cli._words import run_score
 
 
 @pytest.fixture
@@ -252,7 +255,7 @@ def test_soup_refuses_a_score_that_fails(
     words = ["soup", *files, "-o", str(tmp_path / "out.safetensors"), "--score"]
     for code, expected in (
         ("raise SystemExit('no data here')", "got 1 from"),
-        ("print('fine')", "score must print a number, got 'fine'"),
+        ("print('fine')", "score must print a number last, got 'fine'"),
     ):
         assert main([*words, f'{sys.executable} -c "{code}" {{}}']) == 1
         said = capsys.readouterr().err
@@ -390,3 +393,24 @@ def test_diff_and_inspect_refuse_in_one_line(
         said = capsys.readouterr().err
         assert said.startswith("polyak: ")
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("printed", "score"),
+    [
+        ("epoch 5 loss=0.17", 0.17),
+        ("accuracy: 91.2%", 91.2),
+        ("step 3\n-1e-3\n", -1e-3),
+        ("0.17, done 2 of 2: .5", 0.5),
+    ],
+)
+def test_the_score_is_the_number_at_the_very_end(printed: str, score: float) -> None:
+    """A step or a date before it is not taken for the score."""
+    assert run_score(f"printf %s {shlex.quote(printed)}", "unused") == score
+
+
+@pytest.mark.parametrize("command", ["printf 'score 3 done'", "true", "sh -c 'unbalanced"])
+def test_a_command_without_a_number_at_the_end_is_refused(command: str) -> None:
+    """In one of our errors, whatever is wrong with it."""
+    with pytest.raises(polyak.ArgumentError, match="score must"):
+        run_score(command, "unused")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,18 @@ def shares_along_x(axes: "Axes") -> None:
     axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
 
 
+def check_picture(path: Path) -> None:
+    """Raise what `picture` would, before the work whose result it is to show."""
+    if path.suffix not in _FORMATS:
+        raise ArgumentError(f"path must end in {', '.join(_FORMATS)}, got {str(path)!r}.")
+    try:
+        import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ImportError(
+            'a picture needs matplotlib. Install it with: pip install "polyak[study]"'
+        ) from error
+
+
 @contextmanager
 def picture(path: str | PathLike[str]) -> "Iterator[Axes]":
     """Yield axes to draw on; at the end of the block they are in the file, whole or not at all.
@@ -37,14 +50,9 @@ def picture(path: str | PathLike[str]) -> "Iterator[Axes]":
         ImportError: matplotlib is missing.
     """
     target = Path(path)
-    if target.suffix not in _FORMATS:
-        raise ArgumentError(f"path must end in {', '.join(_FORMATS)}, got {str(target)!r}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'a picture needs matplotlib. Install it with: pip install "polyak[study]"'
-        ) from error
+    check_picture(target)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(alpha=0.25)

@@ -11,6 +11,7 @@ import polyak
 from polyak._errors import show_time
 from polyak._files import written_whole
 from polyak._fit import Target
+from polyak._picture import check_picture
 from polyak._posthoc import Run, open_run
 from polyak._sweep import Sweep
 
@@ -156,7 +157,8 @@ def sweep(
 ) -> None:
     """Score averages of many lengths, from the snapshots of one run, and find the best.
 
-    Scores are kept in DIR as they come: a sweep that was stopped goes on.
+    Scores are kept in DIR by the words of the command, so that a sweep that was stopped goes on:
+    when what the command reads has changed, remove DIR/.scores-*.json.
 
     Example: polyak sweep snapshots/ --score "python eval.py {}"
     """
@@ -164,6 +166,8 @@ def sweep(
         raise typer.BadParameter("must have {} where the path goes.", param_hint="--score")
     given = {"--sigma-rel": sigma_rel, "--half-life": half_life, "--window": window}
     with one_line_errors():
+        if out is not None:
+            check_picture(out)  # before the scores, which cost
         lengths = _targets(given, open_run(directory), at) or None
         found = polyak.sweep(
             directory,

@@ -23,6 +23,9 @@ ShardSize = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
+_NUMBER_LAST = re.compile(
+    r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|nan|inf))\W*$", re.I
+)
 _SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -57,17 +60,19 @@ def size_of(text: str | None) -> int | None:
 
 
 def run_score(command: str, path: str) -> float:
-    """Run the command on a checkpoint; the last number it prints is the score."""
-    words = [word.replace("{}", path) for word in shlex.split(command)]
+    """Run the command on a checkpoint; the number that it prints last is the score."""
+    try:
+        words = [word.replace("{}", path) for word in shlex.split(command)]
+    except ValueError as error:
+        raise ArgumentError(f"score must be a command, got {command!r} ({error}).") from None
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ArgumentError(
             f"score must end with exit code 0, got {done.returncode} from {command!r}: {last}"
         )
-    for word in reversed(done.stdout.split()):
-        try:
-            return float(word)
-        except ValueError:
-            continue
-    raise ArgumentError(f"score must print a number, got {done.stdout.strip()[-200:]!r}.")
+    # At the very end, else a step or a date printed before would be taken for the score.
+    found = _NUMBER_LAST.search(done.stdout)
+    if found is None:
+        raise ArgumentError(f"score must print a number last, got {done.stdout.strip()[-200:]!r}.")
+    return float(found[1])
