@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from polyak import ArgumentError, _slices
-from polyak._combine import _BLOCK, Combination, NonFinite
+from polyak._combine import Combination, NonFinite
 from polyak._files import TensorInfo, open_checkpoint
-from polyak._slices import SLICE
+from polyak._slices import BLOCK, SLICE
 
 # Binary digits of a number, and the exponent of the smallest one with all of them.
 FORMATS = {
@@ -186,7 +186,7 @@ def test_error_stays_below_the_bound_that_is_promised(
 
 
 @pytest.mark.parametrize(
-    "count", [0, 1, _BLOCK - 1, _BLOCK, _BLOCK + 1, SLICE, SLICE + 1, 2 * SLICE + _BLOCK + 3]
+    "count", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, SLICE, SLICE + 1, 2 * SLICE + BLOCK + 3]
 )
 def test_any_length_is_put_together_from_slices(count: int, tmp_path: Path) -> None:
     """Every element once, in its place."""
@@ -220,6 +220,19 @@ def test_what_counts_nothing_is_not_read(tmp_path: Path) -> None:
     broken = torch.full((3,), torch.nan)
     found = combined(tmp_path, [torch.ones(3), broken, torch.zeros(3)], [0.5, 0.0, 0.5])
     assert found.tolist() == [0.5] * 3
+
+
+def test_a_sum_of_nothing_is_refused(tmp_path: Path) -> None:
+    """Where nothing counts there is no result, and what is in fresh memory is not one."""
+    with pytest.raises(ArgumentError, match="coefficients must have one that is not 0"):
+        combined(tmp_path, [torch.ones(3), torch.ones(3)], [0.0, 0.0])
+
+
+def test_equal_checkpoints_come_back_bit_for_bit(tmp_path: Path) -> None:
+    """Also the sign of a zero: the sum starts from the first of them, not from 0."""
+    values = torch.tensor([-0.0, 0.0, 1.0, -3.0]).bfloat16()
+    found = combined(tmp_path, [values] * 8, [1 / 8] * 8)
+    assert torch.equal(found.view(torch.int16), values.view(torch.int16))
 
 
 def test_nan_is_refused_by_checkpoint_and_tensor(tmp_path: Path) -> None:

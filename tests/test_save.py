@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import polyak
-from polyak._files import _atomic, _safetensors, written_whole
+from polyak._files import _atomic, _writer, written_whole
 
 
 class Net(nn.Module):
@@ -206,18 +206,21 @@ def test_infinities_that_are_meant_may_be_exported() -> None:
 
 
 def fails_before_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_file(*args: Any, **kwargs: Any) -> None:
+    def encoded_header(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(_safetensors, "save_file", save_file)
+    monkeypatch.setattr(_writer, "encoded_header", encoded_header)
 
 
 def fails_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_file(tensors: Any, filename: str, metadata: Any = None) -> None:
-        Path(filename).write_bytes(b"half a file")
+    write, left = os.pwrite, iter([True, True])
+
+    def pwrite(descriptor: int, data: Any, at: int) -> int:
+        if next(left, False):
+            return write(descriptor, data, at)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_safetensors, "save_file", save_file)
+    monkeypatch.setattr(os, "pwrite", pwrite)
 
 
 def fails_to_sync(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,11 @@ from ._posthoc import Reconstruction as Reconstruction
 from ._posthoc import reconstruct as reconstruct
 from ._profiles import Profile as Profile
 from ._profiles import profile as profile
+from ._ranks import check_ranks as check_ranks
+from ._ranks import reduce_buffers as reduce_buffers
 from ._report import Report as Report
 from ._report import TensorReport as TensorReport
+from ._resume import load_checkpoint as load_checkpoint
 from ._save import load_weights as load_weights
 from ._save import save as save
 from ._schedules import After as After
@@ -88,13 +91,16 @@ __all__ = [
     "Uniform",
     "Window",
     "bias_corrected",
+    "check_ranks",
     "convert",
     "gamma_from_sigma_rel",
     "line",
+    "load_checkpoint",
     "load_weights",
     "merge",
     "profile",
     "reconstruct",
+    "reduce_buffers",
     "refresh_norms",
     "save",
     "sigma_rel_from_gamma",

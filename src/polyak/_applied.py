@@ -11,6 +11,15 @@ from . import _kernels as kernels
 from ._engine import Engine, Loan, check_fits, count_holders, version_of
 from ._errors import OrderError
 from ._roles import Entry
+from ._sharding import (
+    is_gathered,
+    is_sharded,
+    local,
+    piece_for,
+    plain,
+    reshard,
+    spread_like,
+)
 
 
 @contextmanager
@@ -24,12 +33,18 @@ def applied(engine: Engine, row: int = 0) -> Iterator[None]:
     Buffers always do, so that a forward pass in training mode costs nothing. What is computed
     inside must be differentiated inside: later, a backward pass reads the trained weights.
 
+    FSDP2 modules gather their shards anew at both ends. An average that is shared out over ranks
+    which hold the model whole is gathered on entry, so all of them must enter.
+
     Raises:
-        OrderError: on entry, inside another block over the same weights, or for a damaged average;
-            on exit, when a parameter was changed inside the block. The trained weights are back
-            before that is raised.
+        OrderError: on entry, inside another block over the same weights, in the middle of a
+            forward pass, for a damaged average, or for shards without their module; on exit, when
+            a parameter was changed inside the block. The trained weights are back before that is
+            raised.
     """
     engine.check_not_lent("applied")
+    _check_module_known(engine)
+    reshard(engine.inventory.model)
     lender = _Lender(engine, row)
     try:
         lender.give()
@@ -52,6 +67,15 @@ def applied(engine: Engine, row: int = 0) -> Iterator[None]:
         raise
     if lender.changed:
         raise OrderError(lender.blame())
+
+
+def _check_module_known(engine: Engine) -> None:
+    """Shards may be gathered in some module: it must be told when they change."""
+    if engine.inventory.model is None and any(is_sharded(entry.live()) for entry in engine.entries):
+        raise OrderError(
+            "applied() must know the module whose shards it writes, which may have gathered them, "
+            "got an average of named tensors. Build it from the model: polyak.Average(model)."
+        )
 
 
 class _Lender:
@@ -84,11 +108,13 @@ class _Lender:
             self._parameters.append(live)
             # A view that was handed out must go on showing the average, so its memory stays put.
             alone = count_holders(average) == holders[slot] != -1
-            if alone and kernels.can_exchange(live.data, average):
-                swapped.append((live.data, average))
+            stored = plain(average)
+            whole_here = engine.parts[slot] is None or is_sharded(live.tensor)
+            if alone and whole_here and kernels.can_exchange(live.data, stored):
+                swapped.append((live.data, stored))
                 live.swapped = True
             else:
-                check_fits(average, live.data.dtype, entry.name)
+                check_fits(stored, live.data.dtype, entry.name)
                 self._copies.append((live, average))
         self._exchange = kernels.Exchange(swapped)
         self._memory = engine.live_memory()
@@ -100,7 +126,9 @@ class _Lender:
         for parameter in self._parameters:
             slot = self._engine.slots[parameter.entry.name]
             if parameter.swapped:
-                tensors[slot], live[parameter.entry.name] = parameter.data, averages[slot]
+                average = averages[slot]
+                tensors[slot] = spread_like(parameter.data, average)
+                live[parameter.entry.name] = average
         return Loan(self._row, tensors, live, self._memory)
 
     @torch.no_grad()
@@ -108,13 +136,13 @@ class _Lender:
         """Put the averages into the live model."""
         for live, _ in self._copies:
             live.backup = live.data.clone()  # all copies are made before anything is written
-            self._loan.live[live.entry.name] = live.backup
+            self._loan.live[live.entry.name] = spread_like(live.backup, live.tensor)
         self._engine.lend(self._loan)
         self._exchange.do()
         self._lent = kernels.fingerprints([p.data for p in self._parameters if p.swapped])
         for live, average in self._copies:
             if average is not None:
-                kernels.write_(live.data, average)
+                kernels.write_(live.data, piece_for(average, live.tensor))
 
     def take_back(self) -> None:
         """Restore every bit; what interrupts that waits until it is done.
@@ -149,6 +177,7 @@ class _Lender:
         for live, _ in self._copies:
             if live.backup is not None:
                 kernels.write_(live.data, live.backup)
+        reshard(self._engine.inventory.model, after_error=True)
         self._engine.end_loan()
         # A traceback that somebody keeps holds these, and with them views of the averages.
         self._exchange.forget()
@@ -195,7 +224,7 @@ class _Live:
         self.tensor = entry.live()
         # `.data` has a version counter of its own: what we write does not count as a change, so
         # graphs built before the block stay valid, and what others write can be told apart.
-        self.data = self.tensor.data
+        self.data = local(self.tensor).data
         self.version = version_of(self.tensor)
         self.backup: Tensor | None = None
         self.swapped = False  # it holds the average's values in exchange for its own
@@ -203,11 +232,14 @@ class _Live:
 
     def point_back(self) -> None:
         """Undo a replaced object, and a cast or move in place."""
-        if self.entry.owner.get(self.entry.key) is not self.tensor:
+        shown = self.entry.owner.get(self.entry.key)
+        if shown is not self.tensor and not is_gathered(self.entry.record, shown):
             self.entry.owner[self.entry.key] = self.tensor
             self.moved = True
-        if not _same_memory(self.tensor, self.data):
-            self.tensor.data = self.data
+        if not _same_memory(local(self.tensor), self.data):
+            local(self.tensor).data = self.data
+            if self.entry.record is not None:  # FSDP2 keeps the padded memory around it, too
+                self.entry.record.reset_sharded_param()
             self.moved = True
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from ._state import (
     tensor_state,
 )
 from ._weights import copy_to, full_set
+
+if TYPE_CHECKING:  # a build of torch may be without it
+    from torch.distributed import ProcessGroup
 
 Source = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -151,6 +154,12 @@ class Uses:
             ('Linear', False, False)
         """
         self._ready("module")
+        if self._engine.is_spread:
+            raise ArgumentError(
+                "module() must be asked of an average that this rank holds whole, got one that is "
+                "spread over ranks. Build the second module as the first was built (fully_shard "
+                "and all), and call copy_to(second) after each update."
+            )
         return averaged_module(
             self._engine,
             self._row,
@@ -306,6 +315,10 @@ class Average(Uses):
             not stall at decays of 0.9999 and above. The random bits are a hash of seed, name,
             element and update number: nothing to save, the same on every device.
         seed: of stochastic rounding.
+        shard: for models that every rank of a process group holds whole (DDP): each keeps and
+            updates its share of the average only. `applied`, `weights`, `copy_to`, `save` and
+            loading gather, so all ranks must call them. Parameters that are sharded already stay as
+            they are: their average always is.
 
     Raises:
         ArgumentError: nothing to average, a pattern without a match, a value out of range.
@@ -332,6 +345,7 @@ class Average(Uses):
         nonfinite: NonFinite = "skip",
         rounding: Rounding = "nearest",
         seed: int = 0,
+        shard: "ProcessGroup | None" = None,
     ) -> None:
         inventory = take_inventory(model_or_tensors, include=include, exclude=exclude, roles=roles)
         engine = Engine(
@@ -343,6 +357,7 @@ class Average(Uses):
             nonfinite=nonfinite,
             rounding=rounding,
             seed=seed,
+            shard=shard,
         )
         super().__init__(model_or_tensors, engine, 0)
         self._alone = True
@@ -434,16 +449,12 @@ class Average(Uses):
             ArgumentError: not a state of an average, or of an unknown format.
             MatchError: other names, shapes, dtypes or schedule.
         """
+        self._load(state, schedule=schedule, live=live, on_mismatch=on_mismatch)
+
+    def _load(self, state: Mapping[str, Any], **options: Any) -> None:
+        """`load_state_dict`, also with the `fetch` of `load_engine_state`."""
         self._check_alone("load_state_dict")
-        load_engine_state(
-            self._engine,
-            state,
-            "Average",
-            ["average"],
-            schedule=schedule,
-            live=live,
-            on_mismatch=on_mismatch,
-        )
+        load_engine_state(self._engine, state, "Average", ["average"], **options)
         self._engine.show()
 
     def _check_alone(self, action: str) -> None:
@@ -461,7 +472,8 @@ class Averages(Mapping[str, Average]):
     Args:
         model_or_tensors: a module, wrapped or not, or tensors by name.
         schedules: name to schedule, at least one.
-        now, dtype, device, include, exclude, roles, nonfinite, rounding, seed: as for `Average`.
+        now, dtype, device, include, exclude, roles, nonfinite, rounding, seed, shard: as for
+            `Average`.
 
     Examples:
         >>> from polyak import Exponential
@@ -489,6 +501,7 @@ class Averages(Mapping[str, Average]):
         nonfinite: NonFinite = "skip",
         rounding: Rounding = "nearest",
         seed: int = 0,
+        shard: "ProcessGroup | None" = None,
     ) -> None:
         named = isinstance(schedules, Mapping) and all(isinstance(n, str) for n in schedules)
         if not (named and schedules):
@@ -506,6 +519,7 @@ class Averages(Mapping[str, Average]):
             nonfinite=nonfinite,
             rounding=rounding,
             seed=seed,
+            shard=shard,
         )
         self._members: dict[str, Average] = {}
         for row, name in enumerate(schedules):
@@ -571,15 +585,11 @@ class Averages(Mapping[str, Average]):
         on_mismatch: OnMismatch = "error",
     ) -> None:
         """Go on from a saved state; see `Average.load_state_dict`."""
-        load_engine_state(
-            self._engine,
-            state,
-            "Averages",
-            list(self._members),
-            schedule=schedule,
-            live=live,
-            on_mismatch=on_mismatch,
-        )
+        self._load(state, schedule=schedule, live=live, on_mismatch=on_mismatch)
+
+    def _load(self, state: Mapping[str, Any], **options: Any) -> None:
+        """`load_state_dict`, also with the `fetch` of `load_engine_state`."""
+        load_engine_state(self._engine, state, "Averages", list(self._members), **options)
         self._engine.show()
 
 

@@ -1,5 +1,6 @@
 """Linear combinations of checkpoints, slice by slice: any number of them in the same memory."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -9,15 +10,11 @@ from torch import Tensor
 
 from ._errors import ArgumentError
 from ._files import Checkpoint, TensorInfo
-from ._slices import SLICE, THREADS, Progress, Slice, on_threads, slices
+from ._slices import BLOCK, SLICE, THREADS, Progress, Slice, on_threads, slices
 
 # Called with a name, the index of the first element, and the elements.
 Sink: TypeAlias = Callable[[str, int, Tensor], None]
 NonFinite: TypeAlias = Literal["raise", "ignore"]
-
-# Shorter than the length from which torch splits an operation over threads of its own, which would
-# fight with ours; and short enough to stay in the cache of one core.
-_BLOCK = 31 * 2**10
 
 # Measured by benchmarks/merge.py: threads, the allocator, code that is loaded on first use.
 _OVERHEAD = 12 * 2**20
@@ -69,6 +66,8 @@ class Combination:
     def __post_init__(self) -> None:
         if self.nonfinite not in ("raise", "ignore"):
             raise ArgumentError(f"nonfinite must be 'raise' or 'ignore', got {self.nonfinite!r}.")
+        if not any(self.coefficients):
+            raise ArgumentError("coefficients must have one that is not 0, got none.")
 
     def compute(self, sink: Sink, *, progress: Progress | None = None) -> None:
         """Give every element to `sink`, from several threads, in any order.
@@ -101,7 +100,7 @@ class Combination:
             (c.tensors[n].dtype.itemsize for c in self.checkpoints for n in self.tensors), default=0
         )
         wide = 16 if any(info.dtype.is_complex for info in self.tensors.values()) else 8
-        return _OVERHEAD + THREADS * (SLICE * (wide + read + widest) + 2 * _BLOCK * wide)
+        return _OVERHEAD + THREADS * (SLICE * (wide + read + widest) + 2 * BLOCK * wide)
 
     def _one(self, piece: Slice, sink: Sink) -> None:
         """One slice of the result, from reading to writing."""
@@ -111,15 +110,21 @@ class Combination:
             return
         checkpoints, coefficients = self._counting()
         equal = len(set(coefficients)) == 1
-        blocks: list[Tensor] = []
-        for checkpoint, coefficient in zip(checkpoints, coefficients, strict=True):
-            _add(blocks, _as_reals(checkpoint.read(*piece)), 1.0 if equal else coefficient)
+        reals = (2 if info.dtype.is_complex else 1) * (piece.stop - piece.start)
+        total = torch.empty(reals, dtype=torch.float64, device="cpu")
+        blocks = total.split(BLOCK)
+        for index, (checkpoint, coefficient) in enumerate(
+            zip(checkpoints, coefficients, strict=True)
+        ):
+            values = _as_reals(checkpoint.read(*piece))
+            _add(blocks, values, 1.0 if equal else coefficient, first=index == 0)
         if equal:
-            for block in blocks:
-                block.mul_(coefficients[0])
-        if not _in_range(blocks, info.dtype):
-            self._look_closer(blocks, piece)
-        sink(piece.name, piece.start, _rounded(blocks, info.dtype))
+            torch._foreach_mul_(blocks, coefficients[0])
+        result = _rounded(blocks, info.dtype)
+        if not _is_finite(result):
+            self._look_closer(total, result, piece)
+            result = _rounded(blocks, info.dtype)
+        sink(piece.name, piece.start, result)
 
     def _counting(self) -> tuple[list[Checkpoint], list[float]]:
         """The checkpoints whose coefficient is not 0, and these."""
@@ -127,20 +132,16 @@ class Combination:
         kept = [(checkpoint, c) for checkpoint, c in pairs if c != 0.0]
         return [checkpoint for checkpoint, _ in kept], [c for _, c in kept]
 
-    def _look_closer(self, blocks: list[Tensor], piece: Slice) -> None:
+    def _look_closer(self, total: Tensor, rounded: Tensor, piece: Slice) -> None:
         """Settle a slice with NaN or inf in the sum, or with more than its dtype can hold."""
-        info = self.tensors[piece.name]
-        total = torch.cat(blocks)
         places = (~total.isfinite()).nonzero().squeeze(1)
+        lost = total.isfinite() & ~_as_reals(rounded).isfinite()
         if places.numel():
             self._settle(total, places, piece)
-            for block, settled in zip(blocks, total.split(_BLOCK), strict=True):
-                block.copy_(settled)
-        lost = total.isfinite() & ~_rounded(blocks, info.dtype, real=True).isfinite()
         if lost.any():
             raise ArgumentError(
                 f"dtype must hold every result, got {total[lost][0]:g} in {piece.name!r} for "
-                f"{info.dtype}. Pass a wider dtype."
+                f"{self.tensors[piece.name].dtype}. Pass a wider dtype."
             )
 
     def _settle(self, total: Tensor, places: Tensor, piece: Slice) -> None:
@@ -176,35 +177,29 @@ def _as_reals(values: Tensor) -> Tensor:
     return torch.view_as_real(values).flatten() if values.is_complex() else values
 
 
-def _add(blocks: list[Tensor], values: Tensor, coefficient: float) -> None:
-    """Add coefficient * values to `blocks`, in float64; no blocks yet are zero."""
-    parts = values.split(_BLOCK)
-    if blocks:
-        for block, part in zip(blocks, parts, strict=True):
-            block.add_(_wide(part), alpha=coefficient)
+def _add(blocks: tuple[Tensor, ...], values: Tensor, coefficient: float, *, first: bool) -> None:
+    """blocks += coefficient * values, in float64; where these are the `first`, blocks = that."""
+    # One call for all blocks: two threads that ask for the interpreter less often wait less.
+    parts = values.split(BLOCK)
+    if values.dtype == torch.float16:
+        # torch converts it to float64 five times as slowly as by way of float32.
+        parts = tuple(part.float() for part in parts)
+    if first:
+        torch._foreach_copy_(blocks, parts)
+        if coefficient != 1.0:
+            torch._foreach_mul_(blocks, coefficient)
     else:
-        blocks += [_wide(part).mul_(coefficient) for part in parts]
+        torch._foreach_add_(blocks, parts, alpha=coefficient)
 
 
-def _wide(part: Tensor) -> Tensor:
-    # torch converts float16 to float64 five times as slowly as by way of float32.
-    return part.float().double() if part.dtype == torch.float16 else part.double()
+def _rounded(blocks: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """The elements of `dtype` nearest to the sums."""
+    result = torch.empty(sum(map(len, blocks)), dtype=dtype.to_real(), device="cpu")
+    torch._foreach_copy_(result.split(BLOCK), blocks)
+    return torch.view_as_complex(result.view(-1, 2)) if dtype.is_complex else result
 
 
-def _in_range(blocks: list[Tensor], dtype: torch.dtype) -> bool:
-    """Whether all is finite and below the largest number of `dtype`; one pass, NaN fails."""
-    largest = torch.finfo(dtype).max
-    for block in blocks:
-        low, high = torch.aminmax(block)
-        if not (-largest <= low.item() and high.item() <= largest):
-            return False
-    return True
-
-
-def _rounded(blocks: list[Tensor], dtype: torch.dtype, *, real: bool = False) -> Tensor:
-    """The elements of `dtype` nearest to the sums; its real and imaginary parts when `real`."""
-    part = torch.empty(0, dtype=dtype).real.dtype if dtype.is_complex else dtype
-    result = torch.empty(sum(map(len, blocks)), dtype=part, device="cpu")
-    for into, block in zip(result.split(_BLOCK), blocks, strict=True):
-        into.copy_(block)
-    return torch.view_as_complex(result.view(-1, 2)) if dtype.is_complex and not real else result
+def _is_finite(result: Tensor) -> bool:
+    """Whether neither NaN nor an infinity is there; faster than isfinite, which makes a tensor."""
+    ends = (end for block in _as_reals(result).split(BLOCK) for end in torch.aminmax(block))
+    return all(math.isfinite(end.item()) for end in ends)

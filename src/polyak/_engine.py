@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -17,8 +17,22 @@ from . import _kernels as kernels
 from ._errors import ArgumentError, AveragingWarning, MatchError, OrderError, show_time
 from ._history import History
 from ._identities import constant_decay
-from ._roles import Inventory, check_some_averaged
+from ._roles import Entry, Inventory, check_some_averaged
 from ._schedules import Schedule
+from ._sharding import (
+    is_sharded,
+    is_spread_like,
+    local,
+    mesh_of,
+    part_of,
+    plain,
+    spread_like,
+    spread_of,
+    spread_over,
+)
+
+if TYPE_CHECKING:  # a build of torch may be without it
+    from torch.distributed import ProcessGroup
 
 Place = tuple[int, torch.Size, tuple[int, ...]]
 NonFinite = Literal["skip", "raise", "ignore"]
@@ -59,7 +73,7 @@ class Row:
     """One of the averages of an engine."""
 
     schedule: Schedule
-    tensors: list[Tensor]  # [slots], storage dtype
+    tensors: list[Tensor]  # [slots], storage dtype; sharded where the ranks share them out
     holders: list[int]  # references to each tensor's memory while it is ours alone
     memory: Memory
     norms: dict[str, Tensor]  # recomputed statistics, valid until the next update
@@ -136,6 +150,7 @@ class Engine:
         nonfinite: what to do with live elements that are NaN or infinite.
         rounding: how a mixed value is rounded to storage.
         seed: of stochastic rounding.
+        shard: the process group that shares out what each of its ranks holds whole.
     """
 
     def __init__(
@@ -149,6 +164,7 @@ class Engine:
         nonfinite: NonFinite = "skip",
         rounding: Rounding = "nearest",
         seed: int = 0,
+        shard: "ProcessGroup | None" = None,
     ) -> None:
         if nonfinite not in get_args(NonFinite):
             raise ArgumentError(
@@ -178,12 +194,18 @@ class Engine:
         self._watched_updates = self._watched_steps = 0
         self._device = None if device is None else check_device(device)
         self._dtype = dtype
+        self._mesh = None if shard is None else mesh_of(shard, self.entries[0].live().device)
         self.rows = [Row(s, [], [], Memory(), {}) for s in schedules]
         self._start_clock(check_time(now))
         live = [entry.live() for entry in self.entries]
         for row in self.rows:
-            row.tensors = [self._allocate(tensor) for tensor in live]
+            row.tensors = [
+                self._allocate(tensor, entry)
+                for tensor, entry in zip(live, self.entries, strict=True)
+            ]
             row.holders = [count_holders(tensor) for tensor in row.tensors]
+        self.parts = [part_of(tensor) for tensor in self.rows[0].tensors]
+        self.is_spread = any(part is not None for part in self.parts)
         self._dtypes = {tensor.dtype for tensor in self.rows[0].tensors}
         self.copy_live()
 
@@ -345,8 +367,8 @@ class Engine:
         """Set every average to the live weights."""
         with torch.no_grad():
             for row in self.rows:
-                for entry, tensor in zip(self.entries, row.tensors, strict=True):
-                    tensor.copy_(entry.live())
+                for live, tensor in zip(self.live_pieces(), row.tensors, strict=True):
+                    plain(tensor).copy_(live)
         self._equal_to_live = True
         self._watch()
 
@@ -382,6 +404,22 @@ class Engine:
                     f"{entry.name!r} must stay {kind(average)}, got {live.dtype}. "
                     "Build a new average after layers are converted."
                 )
+            if is_sharded(live) and not is_spread_like(live, average):
+                raise MatchError(
+                    f"{entry.name!r} must stay spread over the ranks as it was, got "
+                    f"{spread_of(live)} instead of {spread_of(average)}. Save the average's state "
+                    "and load it into a new average of the model as it is now."
+                )
+
+    def live_pieces(self) -> list[Tensor]:
+        """What this rank averages of each live tensor, [slots], detached."""
+        live = [entry.live() for entry in self.entries]
+        if not self.is_spread:
+            return [plain(tensor) for tensor in live]
+        return [
+            plain(tensor) if part is None or is_sharded(tensor) else part.of(plain(tensor))
+            for tensor, part in zip(live, self.parts, strict=True)
+        ]
 
     def check_not_lent(self, action: str) -> None:
         """Raise `OrderError` while the live weights are lent, to this average or to another."""
@@ -422,8 +460,11 @@ class Engine:
 
     @torch.no_grad()
     def _still_equals_live(self) -> bool:
-        for entry, tensor in zip(self.entries, self.rows[0].tensors, strict=True):
-            live = plain(entry.live()).to(tensor.device, tensor.dtype)
+        for entry, live, average in zip(
+            self.entries, self.live_pieces(), self.rows[0].tensors, strict=True
+        ):
+            tensor = plain(average)
+            live = live.to(tensor.device, tensor.dtype)
             same = (live == tensor) | ((live != live) & (tensor != tensor))  # NaN is itself here
             if entry.kind != "buffer" and not bool(same.all()):
                 return False
@@ -459,17 +500,21 @@ class Engine:
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────
 
-    def _allocate(self, live: Tensor) -> Tensor:
+    def _allocate(self, live: Tensor, entry: Entry) -> Tensor:
         # Memory made under inference_mode could never be updated outside of it.
         with torch.inference_mode(False):
             dtype = kernels.storage_dtype(live.dtype, self._dtype)
-            return torch.empty_like(
+            # Buffers may differ by rank: cut, they would become a patchwork of several ranks'.
+            if self._mesh is not None and entry.kind != "buffer" and not is_sharded(live):
+                return spread_over(plain(live), dtype, self._mesh)
+            average = torch.empty_like(
                 plain(live),
                 dtype=dtype,
                 device=self._device or live.device,
                 memory_format=torch.preserve_format,
                 requires_grad=False,
             )
+            return spread_like(average, live)
 
     def live_memory(self) -> frozenset[int]:
         """Addresses of the memory that the averaged live tensors lie in."""
@@ -484,7 +529,7 @@ class Engine:
             slot
             for row in self.rows
             for slot, tensor in enumerate(row.tensors)
-            if not kernels.all_finite(tensor)
+            if not kernels.all_finite(plain(tensor))
         }
         self.drop_plans()
 
@@ -496,7 +541,7 @@ class Engine:
         """
         self.inventory.follow_modules()
         live = [entry.live() for entry in self.entries]
-        if self._cached is not None and [place_of(t) for t in live] == self._cached[0]:
+        if self._cached is not None and self._places(live) == self._cached[0]:
             return
         self.check_live()
         if self.live_memory() & memory_of(tensor for row in self.rows for tensor in row.tensors):
@@ -508,31 +553,40 @@ class Engine:
         if self._device is None:
             for row in self.rows:
                 for slot, tensor in enumerate(live):
-                    if row.tensors[slot].device != tensor.device:
-                        row.tensors[slot] = row.tensors[slot].to(tensor.device)
+                    average = row.tensors[slot]
+                    if average.device != tensor.device:
+                        moved = plain(average).to(tensor.device)
+                        row.tensors[slot] = spread_like(moved, average)
                         row.holders[slot] = count_holders(row.tensors[slot])
+
+    def _places(self, live: Sequence[Tensor]) -> list[Place]:
+        if self.is_spread:
+            live = [local(tensor) for tensor in live]
+        return [place_of(tensor) for tensor in live]
 
     def _plans(self, rows: Sequence[Row]) -> list[tuple[list[int], kernels.MixPlan]]:
         """Slots grouped by device and storage dtype, with the views that the kernels work on."""
         if rows is self.rows and self._cached is not None:
             return self._cached[1]
-        live = [plain(entry.live()) for entry in self.entries]
+        live = self.live_pieces()
+        stored = [[plain(tensor) for tensor in row.tensors] for row in rows]
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for slot, tensor in enumerate(rows[0].tensors):
+        for slot, tensor in enumerate(stored[0]):
             groups.setdefault((tensor.device, tensor.dtype), []).append(slot)
         plans = [
             (
                 slots,
                 kernels.plan(
-                    [[row.tensors[slot] for slot in slots] for row in rows],
+                    [[tensors[slot] for slot in slots] for tensors in stored],
                     [live[slot] for slot in slots],
                     {i for i, slot in enumerate(slots) if slot in self._suspects},
+                    [self.parts[slot] for slot in slots],
                 ),
             )
             for slots in groups.values()
         ]
         if rows is self.rows:
-            self._cached = ([place_of(tensor) for tensor in live], plans)
+            self._cached = (self._places([entry.live() for entry in self.entries]), plans)
         return plans
 
     def _rounding_keys(self, slots: Sequence[int]) -> list[int] | None:
@@ -593,7 +647,8 @@ class Engine:
 
 def memory_of(tensors: Iterable[Tensor]) -> frozenset[int]:
     """Addresses of the memory that tensors lie in."""
-    return frozenset(t.untyped_storage().data_ptr() for t in tensors if t.numel())
+    pieces = (local(tensor) for tensor in tensors)
+    return frozenset(t.untyped_storage().data_ptr() for t in pieces if t.numel())
 
 
 def check_memory_not_lent(tensors: Iterable[Tensor], action: str) -> None:
@@ -708,11 +763,6 @@ def kind(tensor: Tensor) -> str:
     return "boolean" if tensor.dtype == torch.bool else "integer"
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """The same memory without gradient, and without a subclass that only tags it."""
-    return tensor.detach().as_subclass(Tensor)
-
-
 def place_of(tensor: Tensor) -> Place:
     """Where the elements lie: the address, and how to walk from there."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
@@ -730,5 +780,7 @@ def count_holders(tensor: Tensor) -> int:
     the count (it is not documented) we answer -1, and everyone is taken to be looking.
     """
     count = getattr(torch._C, "_storage_Use_Count", None)
-    storage = tensor.untyped_storage()  # one object for all who ask, so its holders count too
+    storage = local(
+        tensor
+    ).untyped_storage()  # one object for all who ask, so its holders count too
     return -1 if count is None else int(count(storage._cdata)) + sys.getrefcount(storage)

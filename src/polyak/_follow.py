@@ -1,6 +1,7 @@
 """One update after every step that the optimizers really take."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -98,7 +99,7 @@ class Follower:
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # The last one named closes a step of the loop. Waiting for all of them would go out of
         # phase for good when a scaler skips one of several.
-        if optimizer is not self._optimizers[-1]:
+        if optimizer is not self._optimizers[-1] or _only_makes_state(kwargs):
             return
         self._engine.settle()
         self._engine.steps += 1
@@ -108,6 +109,20 @@ class Follower:
             self._update(self.time(), skip)
         elif skip is not None:
             self._engine.note_skip(skip)
+
+
+def _only_makes_state(kwargs: Mapping[str, Any]) -> bool:
+    """Whether torch.distributed.checkpoint takes this step, to fill an optimizer's empty state.
+
+    It gives zero gradients and a learning rate of 0, so nothing is trained.
+    """
+    frame = sys._getframe() if kwargs.get("closure", kwargs) is None else None
+    while frame is not None:
+        inside = str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint")
+        if inside and frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def unwrapped(optimizer: object) -> Optimizer:

@@ -96,7 +96,7 @@ def merge(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Merge:
-    """Average checkpoint files into one, tensor by tensor, in about 20 MB of memory.
+    """Average checkpoint files into one, tensor by tensor, in about 30 MB of memory.
 
     out = sum of c_i checkpoint_i. Four ways to say c, of which one is used:
 

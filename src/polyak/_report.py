@@ -10,6 +10,7 @@ from torch import Tensor
 from ._engine import Engine
 from ._errors import show_time
 from ._schedules import After, CountRamp
+from ._sharding import plain
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def report(engine: Engine, row: int, *, rule: str, stored: Sequence[Tensor]) -> 
         noise_window=kept.noise_window,
         distance=_distance(engine, values),
         stall_gap=engine.stall_gap(row),
-        stored_bytes=sum(t.numel() * t.element_size() for t in stored),
+        stored_bytes=sum(plain(t).nbytes for t in stored),
         tensors=_tensors(engine),
         nonfinite={name: int(n) for name, n in engine.held_back.items() if int(n)},
         notes=tuple(notes(engine, row)),
@@ -186,10 +187,14 @@ def _tensors(engine: Engine) -> tuple[TensorReport, ...]:
 @torch.no_grad()
 def _distance(engine: Engine, values: list[Tensor]) -> float | None:
     apart, size = [], []
-    for entry, value in zip(engine.entries, values, strict=True):
-        live = entry.live().detach()
-        if engine.loan is not None:
-            live = engine.loan.live.get(entry.name, live)
+    lent = {} if engine.loan is None else engine.loan.live
+    for entry, live, average, part in zip(
+        engine.entries, engine.live_pieces(), values, engine.parts, strict=True
+    ):
+        value = plain(average)
+        if entry.name in lent:
+            live = plain(lent[entry.name])
+            live = live if part is None or live.shape == value.shape else part.of(live)
         wide = torch.complex128 if live.is_complex() else torch.float64
         x, y = live.to(value.device, wide), value.to(wide)
         apart.append(float((y - x).abs().square().sum()))

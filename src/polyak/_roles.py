@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ._errors import ArgumentError, MatchError, OrderError
+from ._sharding import check_can_be_cut, fsdp_parameters, is_gathered, local
 
 Role = Literal["average", "live"]
 Kind = Literal["parameter", "buffer", "tensor"]
@@ -53,6 +54,7 @@ class Entry:
     persistent: bool = True
     aliases: tuple[str, ...] = ()
     pinned: Tensor | None = None  # a parameter must stay the same object: optimizers hold it
+    record: Any = None  # FSDP2's, of a parameter that it shows whole for some of the time
 
     def is_gone(self) -> bool:
         """Whether it is a cache that was dropped: no checkpoint holds it, so it may be missing."""
@@ -64,6 +66,8 @@ class Entry:
         if not isinstance(tensor, Tensor):
             raise MatchError(_replaced(self.name, "no such tensor"))
         if self.pinned is not None and tensor is not self.pinned:
+            if is_gathered(self.record, tensor):
+                return self.pinned  # the shard: optimizers write that, and the next pass reads it
             raise MatchError(_replaced(self.name, "another parameter object"))
         return tensor
 
@@ -116,7 +120,7 @@ class Inventory:
             if raw is None or (entry.pinned is not None and raw.tensor is not entry.pinned):
                 what = "no such tensor" if raw is None else "another parameter object"
                 raise MatchError(_replaced(entry.name, what))
-            entry.owner, entry.key = raw.owner, raw.key
+            entry.owner, entry.key, entry.record = raw.owner, raw.key, raw.record
         new = [raw.name for raw in found if raw.persistent and raw.name not in self.index]
         if new:
             raise MatchError(
@@ -186,6 +190,7 @@ def take_inventory(
         OrderError: a lazy parameter that has no shape yet, or a tensor without data.
     """
     if isinstance(source, nn.Module):
+        _check_fsdp1(source)
         found, extras = _of_module(source)
     else:
         found, extras = _of_tensors(source), []
@@ -228,11 +233,13 @@ class _Raw:
     kind: Kind
     persistent: bool = True
     unit_norm: bool = False
+    record: Any = None
 
 
 def _of_module(model: nn.Module) -> tuple[list[_Raw], list[tuple[str, nn.Module]]]:
     found: list[_Raw] = []
     extras: list[tuple[str, nn.Module]] = []
+    records = fsdp_parameters(model)
     for prefix, module in walk(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise ArgumentError(
@@ -243,7 +250,10 @@ def _of_module(model: nn.Module) -> tuple[list[_Raw], list[tuple[str, nn.Module]
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 owner = cast(MutableMapping[str, Any], module._parameters)
-                found.append(_Raw(prefix + key, parameter, owner, key, "parameter"))
+                record: Any = records.get((id(module), key))
+                if is_gathered(record, parameter):
+                    parameter = record.sharded_param
+                found.append(_Raw(prefix + key, parameter, owner, key, "parameter", record=record))
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 owner = cast(MutableMapping[str, Any], module._buffers)
@@ -313,6 +323,9 @@ def _identity(raw: _Raw) -> object:
     tensor = raw.tensor
     if nn.parameter.is_lazy(tensor) or may_hold_anything(tensor):
         return id(tensor)
+    tensor = local(tensor)
+    if tensor.numel() == 0:
+        return id(raw.tensor)
     if tensor.layout != torch.strided or tensor.data_ptr() == 0:  # empty, or on no real device
         return id(tensor)
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
@@ -358,6 +371,7 @@ def _assigner(
             persistent=any(raw.persistent for raw in raws),
             aliases=tuple(names[1:]),
             pinned=raw.tensor if isinstance(raw.tensor, nn.Parameter) else None,
+            record=raw.record,
         )
 
     return assign
@@ -379,12 +393,40 @@ def _usual_role(raw: _Raw) -> tuple[Role, str]:
     return "average", "floating buffer"
 
 
+def _check_is_here(raw: _Raw) -> None:
+    """Refuse parameters whose values lie elsewhere while nobody computes with them."""
+    empty = raw.kind == "parameter" and tuple(raw.tensor.shape) == (0,)
+    if empty and hasattr(raw.tensor, "ds_id"):
+        raise ArgumentError(
+            f"{raw.name!r} must hold its values, got the empty placeholder of DeepSpeed ZeRO-3, "
+            "which gathers them only around their use. Train with FSDP2 (fully_shard) or ZeRO-1/2, "
+            "or average named tensors of your own that hold each rank's partition."
+        )
+
+
+def _check_fsdp1(model: nn.Module) -> None:
+    """Refuse what the first FSDP has flattened and cut: no name says where its elements went."""
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    wrapped = getattr(fsdp, "FullyShardedDataParallel", None)
+    if wrapped is None:
+        return
+    for module in model.modules():
+        handle = getattr(module, "_handle", None) if isinstance(module, wrapped) else None
+        if handle is not None and handle.uses_sharded_strategy:
+            raise ArgumentError(
+                "the model must not be sharded by FullyShardedDataParallel (FSDP1), which keeps "
+                "flat pieces of several parameters. Use torch.distributed.fsdp.fully_shard "
+                "(FSDP2), or sharding_strategy=NO_SHARD."
+            )
+
+
 def _check_has_data(raw: _Raw) -> None:
     if nn.parameter.is_lazy(raw.tensor):
         raise OrderError(
             f"{raw.name!r} must have a shape, got an uninitialised lazy parameter. "
             "Run one forward pass, then build the average."
         )
+    _check_is_here(raw)
     if raw.tensor.device.type == "meta":
         raise OrderError(
             f"{raw.name!r} must hold data, got a tensor on the meta device. "
@@ -403,6 +445,7 @@ def _check_can_be_averaged(raw: _Raw) -> None:
             f"{raw.name!r} must be an ordinary tensor, got the subclass {type(tensor).__name__}. "
             f"Leave it live with exclude={raw.name!r}."
         )
+    check_can_be_cut(tensor, raw.name)
     if tensor.layout != torch.strided:
         raise ArgumentError(
             f"{raw.name!r} must be a dense tensor, got layout {tensor.layout}. "
@@ -411,8 +454,11 @@ def _check_can_be_averaged(raw: _Raw) -> None:
 
 
 def may_hold_anything(tensor: Tensor) -> bool:
-    """A subclass that only tags ordinary memory is fine; one that dispatches may hold anything."""
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    """A subclass that only tags ordinary memory is fine; one that dispatches may hold anything.
+
+    `DTensor` is known, and what it holds is looked at in its place.
+    """
+    return type(local(tensor)).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _selector(

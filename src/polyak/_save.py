@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ._average import Uses, check_is_average
+from ._engine import Engine
 from ._errors import ArgumentError
-from ._files import open_checkpoint, write_tensors
+from ._files import TensorInfo, Writer, file_writer, open_checkpoint
+from ._ranks import ranks_of
 from ._roles import take_inventory
 from ._version import version_of_polyak
-from ._weights import load_into
+from ._weights import check_all_fit, dtype_in, gathered_set, load_into
 
 Ties = Literal["drop", "copy"]
 
@@ -31,6 +34,9 @@ def save(
     The file is written whole or not at all, synced and renamed. Its metadata says what it is: the
     rule, time, updates and the version of polyak. To resume training save `state_dict()` instead.
 
+    An average that is spread over ranks is gathered and written one tensor at a time: all of them
+    must call this with the same path, the first one writes, and it returns when the file is there.
+
     Args:
         average: any average.
         path: the file, in a folder that exists.
@@ -40,6 +46,7 @@ def save(
 
     Raises:
         ArgumentError: no such folder; a dtype that safetensors or the values do not fit.
+        OrderError: another rank failed.
 
     Examples:
         >>> import polyak, tempfile
@@ -53,23 +60,64 @@ def save(
         raise ArgumentError(f"ties must be 'drop' or 'copy', got {ties!r}.")
     check_is_average(average)
     average._ready("save")
-    tensors = average.weights(dtype)
-    foreign = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if foreign:
-        raise ArgumentError(
-            f"safetensors must be given tensors only, got extra state {foreign[:3]}. "
-            "Use torch.save(average.weights(), path) instead."
-        )
+
     average._warn_of_unreached_cap()
+    engine, row = average._engine, average._row
+    infos, kept = _announced(engine, dtype, ties)
     about = {"kind": "averaged weights", **average._provenance(), "polyak": version_of_polyak()}
-    kept, dropped = _split_ties(tensors)
-    if ties == "copy":
-        kept |= {name: tensors[name].clone() for name in dropped}
-        dropped = {}
+    dropped = {} if ties == "copy" else {n: name for n, name in kept.items() if n != name}
+    about["ties"] = dropped
     # Other readers look for {dropped name: kept name} beside our entry, which comes last: a weight
     # may be called "polyak".
-    about["ties"] = dropped
-    write_tensors(Path(path), kept, {**dropped, "polyak": json.dumps(about)})
+    words = {**dropped, "polyak": json.dumps(about)}
+    ranks = ranks_of(engine)
+    error: Exception | None = None
+    with ExitStack() as stack:
+        writer: Writer | None = None
+        try:
+            check_all_fit(engine, row, dtype)
+            if ranks.leads:
+                writer = stack.enter_context(file_writer(Path(path), infos, words))
+        except Exception as raised:
+            error = raised
+        ranks.settle(error, "save")
+        for names, value in gathered_set(engine, row, dtype):
+            if writer is not None and error is None:
+                try:  # the others count on this rank for every tensor that is still to come
+                    for name in names if ties == "copy" else [kept[names[0]]]:
+                        writer.write(name, 0, value.reshape(-1))
+                except Exception as raised:
+                    error = raised
+        ranks.settle(error, "save")
+        try:
+            stack.close()  # synced and renamed
+        except Exception as raised:
+            error = raised
+        ranks.settle(error, "save")
+
+
+def _announced(
+    engine: Engine, dtype: torch.dtype | None, ties: Ties
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """What will be in the file, and for every name the one under which its tensor is kept."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ArgumentError(f"dtype must be a floating point dtype, got {dtype}.")
+    if engine.inventory.extras:
+        raise ArgumentError(
+            f"safetensors must be given tensors only, got extra state "
+            f"{[name for name, _ in engine.inventory.extras][:3]}. "
+            "Use torch.save(average.weights(), path) instead."
+        )
+    names: dict[int, list[str]] = {}
+    for name, index in engine.inventory.order:
+        names.setdefault(index, []).append(name)
+    kept = {name: min(tied) for tied in names.values() for name in tied}
+    infos = {}
+    for name, index in engine.inventory.order:
+        live = engine.inventory.entries[index].live()
+        if ties == "copy" or kept[name] == name:
+            infos[name] = TensorInfo(dtype_in(live, dtype), tuple(live.shape))
+    return infos, kept
 
 
 def load_weights(
@@ -127,13 +175,3 @@ def _as_named_by(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> d
     if all(prefix + name in names for name in tensors):
         return {prefix + name: tensor for name, tensor in tensors.items()}
     return tensors
-
-
-def _split_ties(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under one name each, and the name kept for each name that was dropped."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    keeper = {name: min(tied) for tied in names.values() for name in tied}
-    kept = {name: tensor for name, tensor in tensors.items() if keeper[name] == name}
-    return kept, {name: kept for name, kept in keeper.items() if kept != name}

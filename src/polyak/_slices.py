@@ -10,7 +10,11 @@ from ._files import TensorInfo
 # Called with the elements done and the elements in all.
 Progress: TypeAlias = Callable[[int, int], None]
 
-SLICE = 2**18  # elements read at a time: long enough for a disk, small enough for eight threads
+# Elements worked on at a time: fewer than the 2**15 from which torch splits an operation over
+# threads of its own, which would fight with ours, and few enough for the cache of one core.
+BLOCK = 31 * 2**10
+
+SLICE = 16 * BLOCK  # elements read at a time: long enough for a disk, small enough for memory
 THREADS = 2
 _TELL_EVERY = 0.1  # seconds
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from ._errors import ArgumentError, AveragingWarning, MatchError
 from ._history import History
 from ._identities import schedule_from_state, schedule_state
 from ._kernels import write_
+from ._sharding import local, piece_for, plain, spread_like
 
 FORMAT = 1
 LOADING = "a load was interrupted half-way"
@@ -21,6 +22,9 @@ LOADING = "a load was interrupted half-way"
 OnSchedule = Literal["same", "replace"]
 OnLive = Literal["restore", "leave"]
 OnMismatch = Literal["error", "reinit"]
+
+# Gives the elements of a saved tensor (first) that another one (second) holds on this rank.
+Fetch = Callable[[Tensor, Tensor], Tensor]
 
 
 def engine_state(engine: Engine, kind: str, rows: Mapping[str, int]) -> dict[str, Any]:
@@ -82,8 +86,9 @@ def load_engine_state(
     schedule: OnSchedule,
     live: OnLive,
     on_mismatch: OnMismatch = "error",
+    fetch: Fetch = piece_for,
 ) -> None:
-    """Go on from `state`: check all of it, then write."""
+    """Go on from `state`: check all of it, then write what `fetch` gives."""
     engine.check_not_lent("load_state_dict")
     engine.check_shown()
     check_header(state, kind)
@@ -103,7 +108,7 @@ def load_engine_state(
     clock = _clock(state)
     incidents = _incidents(engine, state)
     _check_rounding(engine, part(state, "rounding", Mapping))
-    rows = [_row(engine, part(averages, name, Mapping)) for name in names]
+    rows = [_row(engine, part(averages, name, Mapping), fetch) for name in names]
     pasts = _pasts(
         engine, [averages[name] for name in names], history=clock[-1], same=schedule == "same"
     )
@@ -113,10 +118,10 @@ def load_engine_state(
     with torch.no_grad():
         for row, past, (tensors, memory, norms) in zip(engine.rows, pasts, rows, strict=True):
             for entry, target in zip(engine.entries, row.tensors, strict=True):
-                target.copy_(tensors[entry.name])
+                plain(target).copy_(fetch(tensors[entry.name], target))
             row.memory, row.norms, row.past = memory, norms, past
         for target, value in restored:
-            write_(target, value)
+            write_(local(target), fetch(value, target))
     engine.set_clock(*clock)
     engine.held_back = incidents
     engine.after_load()
@@ -253,7 +258,7 @@ def _check_rounding(engine: Engine, saved: Mapping[str, Any]) -> None:
 
 
 def _row(
-    engine: Engine, saved: Mapping[str, Any]
+    engine: Engine, saved: Mapping[str, Any], fetch: Fetch
 ) -> tuple[Mapping[str, Tensor], Memory, dict[str, Tensor]]:
     """Tensors, memory and statistics of one average."""
     tensors = part(saved, "tensors", Mapping)
@@ -265,8 +270,8 @@ def _row(
             f"the state's memory must be finite and not negative, got {memory}. "
             "The file is damaged; take an older one."
         )
-    norms = dict(part(saved, "norms", Mapping))
-    for name, value in norms.items():
+    norms = {}
+    for name, value in part(saved, "norms", Mapping).items():
         index = engine.inventory.index.get(name)
         live = None if index is None else engine.inventory.entries[index].live()
         if live is None or not isinstance(value, Tensor) or live.shape != value.shape:
@@ -274,7 +279,8 @@ def _row(
                 f"the state's statistics must be of buffers of the model, got {name!r}, which is "
                 "not there or has another shape. Build the model as it was saved."
             )
-    return tensors, memory, {name: value.detach().clone() for name, value in norms.items()}
+        norms[name] = spread_like(fetch(value, live).detach().clone(), live)
+    return tensors, memory, norms
 
 
 def check_tensors(engine: Engine, saved: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ import copy
 import math
 import numbers
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ._engine import (
 from ._errors import ArgumentError, AveragingWarning, MatchError
 from ._pairing import Coverage, Names, pair
 from ._roles import Entry, take_inventory
+from ._sharding import local, piece_for, plain, reshard, spread_like, whole
 
 
 @torch.no_grad()
@@ -31,21 +32,54 @@ def full_set(engine: Engine, row: int = 0, dtype: torch.dtype | None = None) -> 
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError(f"dtype must be a floating point dtype, got {dtype}.")
-    averages, norms = engine.values(row), engine.rows[row].norms
     copies: dict[int, Tensor] = {}
     result: dict[str, Tensor] = {}
-    for name, index in engine.inventory.order:
+    for (name, index), value in zip(engine.inventory.order, _values(engine, row), strict=True):
         if index not in copies:
-            entry = engine.inventory.entries[index]
-            source = value_of(engine, entry, averages, norms)
-            live = entry.live()
-            target = dtype if dtype is not None and live.is_floating_point() else live.dtype
-            check_fits(source, target, name)
-            copies[index] = source.detach().to(live.device, target, copy=True)
+            live = engine.inventory.entries[index].live()
+            target = dtype_in(live, dtype)
+            check_fits(plain(value), target, name)
+            piece = piece_for(value, live).to(live.device, target, copy=True)
+            copies[index] = spread_like(piece, live)
         result[name] = copies[index]
     for name, module in engine.inventory.extras:
         result[name] = copy.deepcopy(module.get_extra_state())
     return result
+
+
+def _values(engine: Engine, row: int) -> Iterator[Tensor]:
+    """Where each tensor of the full set can be read right now, in the order of its names."""
+    averages, norms = engine.values(row), engine.rows[row].norms
+    for _, index in engine.inventory.order:
+        yield value_of(engine, engine.inventory.entries[index], averages, norms)
+
+
+def dtype_in(live: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a tensor in the full set: the live one's, or `dtype` for real floating ones."""
+    return dtype if dtype is not None and live.is_floating_point() else live.dtype
+
+
+def check_all_fit(engine: Engine, row: int, dtype: torch.dtype | None) -> None:
+    """Raise `ArgumentError` where `gathered_set` would lose a value to infinity."""
+    for (name, index), value in zip(engine.inventory.order, _values(engine, row), strict=True):
+        check_fits(plain(value), dtype_in(engine.inventory.entries[index].live(), dtype), name)
+
+
+@torch.no_grad()
+def gathered_set(
+    engine: Engine, row: int, dtype: torch.dtype | None
+) -> Iterator[tuple[list[str], Tensor]]:
+    """`full_set` one tensor at a time, with all of its names, on the host, whole on every rank.
+
+    All ranks over which the average is spread must take all of it, in step.
+    """
+    names: dict[int, list[str]] = {}
+    for name, index in engine.inventory.order:
+        names.setdefault(index, []).append(name)
+    values = dict(zip((i for _, i in engine.inventory.order), _values(engine, row), strict=True))
+    for index, tied in names.items():
+        target = dtype_in(engine.inventory.entries[index].live(), dtype)
+        yield tied, whole(values[index]).detach().to("cpu", target)
 
 
 def value_of(
@@ -87,16 +121,18 @@ def copy_to(
         if entry.role == "average" or share == 1.0
     ]
     for entry, there, source in moves:
-        check_fits(source, there.dtype, entry.name)
+        check_fits(plain(source), there.dtype, entry.name)
+    reshard(module)
     all_seen = not engine.live_changed_unseen()
     for entry, there, source in moves:
+        ours, value = local(there), piece_for(source, there)
         if entry.role == "average":
-            if kernels.overlaps_itself(there):
-                kernels.write_(there, there.clone().lerp_(source.to(there), share))
+            if kernels.overlaps_itself(ours):
+                kernels.write_(ours, ours.clone().lerp_(value.to(ours), share))
             else:
-                kernels.lerp_(there, source, share)
+                kernels.lerp_(ours, value, share)
         elif there is not source:
-            kernels.write_(there, source)
+            kernels.write_(ours, value)
     if all_seen and any(there is entry.live() for entry, there, _ in moves):
         engine.note_own_write()  # feedback is not training
     return coverage
@@ -139,8 +175,10 @@ def load_into(
                 f"{name!r} must have shape {list(live.shape)} and kind {live.dtype} as in the "
                 f"model, got {list(value.shape)} {value.dtype} in {origin}."
             )
+    reshard(model)
     for name, index in order:
-        kernels.write_(target.entries[index].live(), tensors[name])
+        there = target.entries[index].live()
+        kernels.write_(local(there), piece_for(tensors[name], there))
     if no_longer:
         warnings.warn(
             f"load_weights: {origin} holds {no_longer[:3]}, which the model no longer saves "

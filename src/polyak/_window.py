@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -15,10 +15,13 @@ from ._errors import ArgumentError, MatchError
 from ._follow import Clock, Follower
 from ._roles import RoleOverride, Selector, take_inventory
 from ._schedules import Uniform
+from ._sharding import piece_for, plain, spread_like
 from ._state import (
     LOADING,
+    Fetch,
     OnLive,
     OnMismatch,
+    OnSchedule,
     check_header,
     check_tensors,
     engine_state,
@@ -27,6 +30,9 @@ from ._state import (
     part,
     tensor_state,
 )
+
+if TYPE_CHECKING:  # a build of torch may be without it
+    from torch.distributed import ProcessGroup
 
 
 @final
@@ -45,7 +51,7 @@ class Window(Uses):
         model_or_tensors: a module, wrapped or not, or tensors by name.
         k: captures to keep, at least 1.
         every: units of time between captures.
-        now, dtype, device, include, exclude, roles, nonfinite: as for `Average`.
+        now, dtype, device, include, exclude, roles, nonfinite, shard: as for `Average`.
 
     Examples:
         >>> live = {"w": torch.zeros(1)}
@@ -70,6 +76,7 @@ class Window(Uses):
         exclude: Selector | None = None,
         roles: RoleOverride | None = None,
         nonfinite: NonFinite = "skip",
+        shard: "ProcessGroup | None" = None,
     ) -> None:
         if not is_count(k):
             raise ArgumentError(f"k must be a whole number of captures, at least 1, got {k!r}.")
@@ -78,7 +85,13 @@ class Window(Uses):
         inventory = take_inventory(model_or_tensors, include=include, exclude=exclude, roles=roles)
         # The engine's one row is the mean, computed when it is asked for; its schedule is not used.
         engine = Engine(
-            inventory, [Uniform()], now=now, dtype=dtype, device=device, nonfinite=nonfinite
+            inventory,
+            [Uniform()],
+            now=now,
+            dtype=dtype,
+            device=device,
+            nonfinite=nonfinite,
+            shard=shard,
         )
         super().__init__(model_or_tensors, engine, 0)
         self.k, self.every = k, every
@@ -151,6 +164,18 @@ class Window(Uses):
         on_mismatch: OnMismatch = "error",
     ) -> None:
         """Go on from a saved state; see `Average.load_state_dict`."""
+        self._load(state, live=live, on_mismatch=on_mismatch)
+
+    def _load(
+        self,
+        state: Mapping[str, Any],
+        *,
+        schedule: OnSchedule = "same",
+        live: OnLive,
+        on_mismatch: OnMismatch,
+        fetch: Fetch = piece_for,
+    ) -> None:
+        """`load_state_dict`, also with the `fetch` of `load_engine_state`."""
         check_header(state, "Window")
         ring, times = self._checked(fitted(self._engine, state, on_mismatch)[0])
         load_engine_state(
@@ -158,16 +183,17 @@ class Window(Uses):
             state,
             "Window",
             ["mean"],
-            schedule="same",
+            schedule=schedule,
             live=live,
             on_mismatch=on_mismatch,
+            fetch=fetch,
         )
         self._engine.rows[0].damage = LOADING
         self._ring = [self._row_like_mean() for _ in ring]
         with torch.no_grad():
             for row, captured in zip(self._ring, ring, strict=True):
                 for entry, target in zip(self._engine.entries, row.tensors, strict=True):
-                    target.copy_(captured[entry.name])
+                    plain(target).copy_(fetch(captured[entry.name], target))
         self._times, self._stale = times, bool(ring)
         self._engine.rows[0].damage = ""
         self._engine.show()
@@ -208,7 +234,9 @@ class Window(Uses):
         if row is not newest:
             with torch.no_grad():
                 for target, value in zip(row.tensors, newest.tensors, strict=True):
-                    target.copy_(value)  # stands in where the live weights are not finite
+                    plain(target).copy_(
+                        plain(value)
+                    )  # stands in where the live weights are not finite
         self._engine.fold([1.0], [row])
         self._ring = [*(kept for kept in self._ring if kept is not row), row]
         self._times = [*self._times, time][-self.k :]
@@ -220,7 +248,7 @@ class Window(Uses):
         if self._stale and self._engine.loan is None:
             mean = self._engine.rows[0]
             for slot, target in enumerate(mean.tensors):
-                kernels.mean_(target, [row.tensors[slot] for row in self._ring])
+                kernels.mean_(plain(target), [plain(row.tensors[slot]) for row in self._ring])
             self._stale = False
         self._engine.rows[0].memory = self._memory()
 
@@ -236,7 +264,9 @@ class Window(Uses):
     def _row_like_mean(self) -> Row:
         mean = self._engine.rows[0]
         with torch.inference_mode(False):
-            tensors = [torch.empty_like(tensor) for tensor in mean.tensors]
+            tensors = [
+                spread_like(torch.empty_like(plain(tensor)), tensor) for tensor in mean.tensors
+            ]
         return Row(mean.schedule, tensors, [], Memory(), {})
 
     def _rule(self) -> str:

@@ -1,6 +1,8 @@
 """Any checkpoint, its format told from its contents."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .._errors import ArgumentError
@@ -69,6 +71,24 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
         _sources=choice.tensors,
         _files=files,
     )
+
+
+@contextmanager
+def open_contents(path: str | os.PathLike[str]) -> Iterator[Contents]:
+    """All that a checkpoint holds, nested as it was saved; files stay open for the block.
+
+    Raises:
+        FileNotFoundError: nothing of that name.
+        ArgumentError: no checkpoint, or a damaged one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"path must be a checkpoint, got {str(path)!r} which is not there.")
+    files = Files()
+    try:
+        yield _contents(path, files)
+    finally:
+        files.close()
 
 
 def _contents(path: Path, files: Files) -> Contents:

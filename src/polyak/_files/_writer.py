@@ -158,6 +158,18 @@ def checkpoint_writer(
 
 
 @contextmanager
+def file_writer(
+    path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> Iterator[Writer]:
+    """`checkpoint_writer` for one file, whatever its name ends in."""
+    check_known(tensors, "Use torch.save(average.weights(), path) instead.")
+    writer = Writer()
+    words = {**metadata, "format": "pt"}
+    with written_whole(path) as temporary, _opened(writer, {temporary: tensors}, words):
+        yield writer
+
+
+@contextmanager
 def _opened(
     writer: Writer, files: Mapping[Path, Mapping[str, TensorInfo]], words: Mapping[str, str]
 ) -> Iterator[None]:

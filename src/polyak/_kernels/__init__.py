@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .._sharding import Part
 from ._blocks import BlockPlan
 from ._elements import FLOAT8 as FLOAT8
 from ._elements import all_finite as all_finite
@@ -41,8 +42,19 @@ class MixPlan(Protocol):
 
 
 def plan(
-    averages: Sequence[Sequence[Tensor]], live: Sequence[Tensor], suspects: set[int]
+    averages: Sequence[Sequence[Tensor]],
+    live: Sequence[Tensor],
+    suspects: set[int],
+    parts: Sequence[Part | None] | None = None,
 ) -> MixPlan:
-    """Choose the backend for averages that all lie on one device."""
+    """Choose the backend for averages that all lie on one device.
+
+    Args:
+        averages: [averages][slots].
+        live: [slots], detached, one shape a slot.
+        suspects: slots whose averages hold NaN or inf.
+        parts: [slots], where the elements lie in a tensor that is shared out over ranks; None
+            where all are here.
+    """
     on_cpu = averages[0][0].device.type == "cpu"
-    return (BlockPlan if on_cpu else ForeachPlan)(averages, live, suspects)
+    return (BlockPlan if on_cpu else ForeachPlan)(averages, live, suspects, parts)

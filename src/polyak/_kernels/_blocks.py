@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._sharding import Part
 from ._elements import FLOAT8, all_finite, as_real, held_back, keep_, lerp_, lerp_finite_, widened
 from ._flat import flat_views
 from ._rounding import element_indices, hashed_bits, index_range
@@ -25,6 +26,7 @@ class BlockPlan:
         averages: [averages][slots].
         live: [slots], detached, one shape a slot.
         suspects: slots whose averages hold NaN or inf; those that heal are taken out.
+        parts: [slots], where the elements lie in a tensor that is shared out over ranks.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class BlockPlan:
         averages: Sequence[Sequence[Tensor]],
         live: Sequence[Tensor],
         suspects: set[int],
+        parts: Sequence[Part | None] | None = None,
     ) -> None:
         self._blocks = [
             (slot, rows, piece, start)
@@ -42,6 +45,7 @@ class BlockPlan:
         # starts out with NaN or inf (as the model did) takes the exact path until it is healed,
         # short-ranged storage always.
         self._averages, self._suspects, self._updates = averages, suspects, 0
+        self._parts = [None] * len(live) if parts is None else parts
         self._exact = suspects | {
             slot for slot, average in enumerate(averages[0]) if average.dtype in _SHORT_RANGE
         }
@@ -85,15 +89,15 @@ class BlockPlan:
 
     def _bits(self, slot: int, key: int, piece: Tensor, start: int) -> Tensor:
         """Hashed bits for one block; elements are counted in logical order, not in memory's."""
-        whole = self._averages[0][slot]
+        whole, part = self._averages[0][slot], self._parts[slot]
         if piece.shape == whole.shape:
-            return hashed_bits(key, element_indices(piece))
-        if whole.is_contiguous():
+            return hashed_bits(key, element_indices(piece, part))
+        if whole.is_contiguous() and part is None:
             parts = 2 if whole.is_complex() else 1
             first, count = start * parts, piece.numel() * parts
             index = index_range(first, first + count, whole.device)
             return hashed_bits(key, index).view(as_real(piece).shape)
-        flat = flat_views([element_indices(whole)])
+        flat = flat_views([element_indices(whole, part)])
         assert flat is not None, "blocks are cut from dense tensors"
         parts = flat[0].numel() // whole.numel()
         index = flat[0][start * parts : (start + piece.numel()) * parts]

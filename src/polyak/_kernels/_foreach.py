@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._sharding import Part
 from ._elements import WIDE, as_real, held_back, keep_, lerp_, lerp_finite_, widened
 from ._rounding import element_indices, hashed_bits
 
@@ -19,6 +20,7 @@ class ForeachPlan:
         averages: [averages][slots].
         live: [slots], detached, one shape a slot.
         suspects: not needed here: the exact path is the only guarded one.
+        parts: [slots], where the elements lie in a tensor that is shared out over ranks.
     """
 
     def __init__(
@@ -26,8 +28,10 @@ class ForeachPlan:
         averages: Sequence[Sequence[Tensor]],
         live: Sequence[Tensor],
         suspects: set[int],
+        parts: Sequence[Part | None] | None = None,
     ) -> None:
         self._averages, self._live = averages, live
+        self._parts = [None] * len(live) if parts is None else parts
 
     @torch.no_grad()
     def mix_(
@@ -45,8 +49,10 @@ class ForeachPlan:
         found: dict[int, Tensor] = {}
         bits: list[Tensor | None] = [None] * len(self._live)
         if keys is not None:
-            pairs = zip(keys, self._averages[0], strict=True)
-            bits = [hashed_bits(key, element_indices(average)) for key, average in pairs]
+            bits = [
+                hashed_bits(key, element_indices(average, part))
+                for key, average, part in zip(keys, self._averages[0], self._parts, strict=True)
+            ]
         for row, (averages, weight) in enumerate(zip(self._averages, weights, strict=True)):
             if guard:
                 for slot, (average, live) in enumerate(zip(averages, self._live, strict=True)):

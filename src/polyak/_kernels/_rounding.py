@@ -1,9 +1,12 @@
 """Stochastic rounding with bits that are a hash: unbiased, nothing to save, equal everywhere."""
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
+
+from .._sharding import Part
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # integers as wide as a float of so many
 
@@ -32,19 +35,39 @@ def hashed_bits(key: int, index: Tensor) -> Tensor:
     return _finish(bits)
 
 
-def element_indices(tensor: Tensor) -> Tensor:
+def element_indices(tensor: Tensor, part: Part | None = None) -> Tensor:
     """The index of each real number of a tensor, counted in logical order whatever its strides.
 
     Shaped and laid out like the tensor, complex numbers as two real ones.
+
+    Args:
+        tensor: all of a tensor, or one rank's part of it.
+        part: where that lies: elements are counted in the whole.
     """
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    index = index_range(0, real.numel(), tensor.device).view(real.shape)
+    if part is None:
+        index = index_range(0, real.numel(), tensor.device).view(real.shape)
+    else:
+        index = _indices_in_whole(real, part)
     if real.is_contiguous():
         return index
     laid_out = torch.empty_strided(
         real.shape, real.stride(), dtype=index.dtype, device=tensor.device
     )
     return laid_out.copy_(index)
+
+
+def _indices_in_whole(real: Tensor, part: Part) -> Tensor:
+    """`element_indices` of a box of a larger tensor, in row-major order."""
+    pair = real.dim() - len(part.sizes)  # of real and imaginary part
+    shape = (*part.shape, *real.shape[len(part.sizes) :])
+    offsets = (*part.offsets, *(0,) * pair)
+    dtype = torch.int32 if math.prod(shape) <= 2**31 else torch.int64
+    index = torch.zeros((), dtype=dtype, device=real.device)
+    for offset, size, whole in zip(offsets, real.shape, shape, strict=True):
+        steps = torch.arange(offset, offset + size, dtype=dtype, device=real.device)
+        index = index.unsqueeze(-1) * whole + steps
+    return index
 
 
 def index_range(start: int, stop: int, device: torch.device) -> Tensor:

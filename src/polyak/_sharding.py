@@ -1,0 +1,263 @@
+"""Tensors spread over the ranks of a training run: the part that is ours, and where it lies."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ._errors import ArgumentError, OrderError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which elements of a whole tensor one rank holds: a box.
+
+    Args:
+        shape: of the whole tensor.
+        offsets: the first index of the box in each dimension.
+        sizes: of the box.
+    """
+
+    shape: torch.Size
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """A view of these elements in a tensor that holds all of them."""
+        for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            if size != whole.shape[dim]:
+                whole = whole.narrow(dim, offset, size)
+        return whole
+
+    @property
+    def high(self) -> tuple[int, ...]:
+        """The indices that the box stays below."""
+        return tuple(low + size for low, size in zip(self.offsets, self.sizes, strict=True))
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is a `DTensor`; nobody has one before its module is loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: the same object where that is all of it."""
+    if is_sharded(tensor):
+        held: Tensor = tensor._local_tensor  # type: ignore[attr-defined] # to_local() is for autograd
+        return held
+    return tensor
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """What this rank holds, in the same memory: no gradient, no subclass that only tags it."""
+    return local(tensor).detach().as_subclass(Tensor)
+
+
+def part_of(tensor: Tensor) -> Part | None:
+    """Where the elements of this rank lie in a sharded tensor; None for an ordinary one."""
+    if not is_sharded(tensor):
+        return None
+    shape, sizes = tensor.shape, tuple(local(tensor).shape)
+    if 0 in sizes:  # a rank that is left without, or is not among those that share
+        sizes = sizes if len(sizes) == len(shape) else (0,) * len(shape)
+        return Part(shape, (0,) * len(shape), sizes)
+    [chunk] = tensor.__create_chunk_list__()  # type: ignore[attr-defined] # how DCP asks
+    return Part(shape, tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def spread_like(piece: Tensor, like: Tensor) -> Tensor:
+    """`piece` as this rank's part of a tensor that is spread as `like` is."""
+    if not is_sharded(like):
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    # Shape and stride must be said: from uneven parts each rank would guess a different whole.
+    return DTensor.from_local(
+        piece,
+        like.device_mesh,  # type: ignore[attr-defined]
+        like.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def is_spread_like(a: Tensor, b: Tensor) -> bool:
+    """Whether each rank holds the same elements of both."""
+    return spread_of(a) == spread_of(b)
+
+
+def spread_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Over which ranks a sharded tensor is spread, and how; () for an ordinary one."""
+    if not is_sharded(tensor):
+        return ()
+    return tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+
+
+def mesh_of(group: Any, device: torch.device) -> Any:
+    """The ranks of a process group in a row, as `DTensor` knows them."""
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ArgumentError(
+            f"shard must be a torch.distributed.ProcessGroup that this rank is in, got {group!r}. "
+            "Pass torch.distributed.group.WORLD for all ranks."
+        )
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(group, device.type)
+
+
+def spread_over(tensor: Tensor, dtype: torch.dtype, mesh: Any) -> Tensor:
+    """An empty tensor of the shape of `tensor`, cut among the ranks of `mesh`.
+
+    Along the first dimension that is cut nearly evenly (within 2 %), else along the one that is cut
+    most evenly. A tensor without dimensions is on every rank.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    world, shape = mesh.size(), tensor.shape
+
+    def excess(dim: int) -> float:
+        """By how much the largest piece is larger than an even one."""
+        return float(-(-shape[dim] // world) * world / shape[dim])
+
+    dims = [dim for dim in range(tensor.dim()) if shape[dim]]
+    dim = min(dims, key=lambda dim: max(excess(dim), 1.02), default=None)
+    placement = Replicate() if dim is None else Shard(dim)
+    pieces = [tensor] if dim is None else tensor.chunk(world, dim)
+    rank = mesh.get_local_rank()
+    if dim is None or len(pieces) > rank:
+        piece = pieces[0 if dim is None else rank]
+    else:
+        piece = tensor.narrow(dim, 0, 0)  # smaller than the world
+    return DTensor.from_local(
+        torch.empty_like(piece, dtype=dtype, memory_format=torch.contiguous_format),
+        mesh,
+        [placement],
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+
+
+def piece_for(value: Tensor, target: Tensor) -> Tensor:
+    """The elements of `value` that `target` holds on this rank, as an ordinary tensor.
+
+    Ranks talk to each other only where this one lacks some of them: `value` is sharded and `target`
+    is not, or otherwise.
+    """
+    if not is_sharded(value):
+        part = part_of(target)
+        return plain(value) if part is None else part.of(plain(value))
+    if is_spread_like(value, target):
+        return plain(value)
+    return piece_for(whole(value), target)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All elements of a tensor, on every rank; a collective where it is sharded."""
+    return plain(tensor.full_tensor()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def check_can_be_cut(tensor: Tensor, name: str) -> None:
+    """Refuse partial sums: their parts are no elements of anything."""
+    if is_sharded(tensor) and any(p.is_partial() for p in tensor.placements):  # type: ignore[attr-defined]
+        raise ArgumentError(
+            f"{name!r} must hold its values, got a DTensor of partial sums "
+            f"{tensor.placements}. Redistribute it first."  # type: ignore[attr-defined]
+        )
+
+
+# ── FSDP2: a module shows its shards, or for a while whole parameters in their place ──────────────
+
+
+def fsdp_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules that `fully_shard` was called on."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    wrapped = getattr(module, "FSDPModule", None)
+    if wrapped is not None:
+        yield from (child for child in model.modules() if isinstance(child, wrapped))
+
+
+def _groups(module: Any) -> list[Any]:
+    """Parameters that FSDP2 gathers together."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch before it had several a module
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    return list(groups)
+
+
+def fsdp_parameters(model: nn.Module) -> dict[tuple[int, str], Any]:
+    """FSDP2's record of each parameter, by (id of the module that shows it, name in it)."""
+    return {
+        place: parameter
+        for module in fsdp_modules(model)
+        for group in _groups(module)
+        for parameter in group.fsdp_params
+        for place in _places(parameter._module_info)
+    }
+
+
+def _places(info: Any) -> Iterator[tuple[int, str]]:
+    """Where one parameter hangs: its own place, and those of layers that share it."""
+    yield id(info.module), info.param_name
+    for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
+        yield id(module), name
+
+
+def is_gathered(record: Any, shown: Tensor | None) -> bool:
+    """Whether `shown` is what FSDP2 has put in the place of a shard for the time being."""
+    return record is not None and any(
+        shown is getattr(record, attribute, None)
+        for attribute in ("_unsharded_param", "_sharded_post_forward_param")
+    )
+
+
+def reshard(model: nn.Module | None, *, after_error: bool = False) -> None:
+    """Make every FSDP2 group show its shards, so that the next forward pass gathers them anew.
+
+    A forward pass without a backward leaves the root group whole, and what was gathered ahead
+    waits: both hold the values of before.
+
+    Args:
+        model: the model, or None where there is only a set of named tensors.
+        after_error: end a forward pass that was interrupted, too.
+
+    Raises:
+        OrderError: in the middle of a forward or backward pass.
+    """
+    modules = [] if model is None else list(fsdp_modules(model))
+    groups = [group for module in modules for group in _groups(module)]
+    at_work = [group for group in groups if _is_at_work(group)]
+    if at_work and not after_error:
+        raise OrderError(
+            "the model must not be inside a forward or backward pass, got an FSDP2 group at work "
+            f"({at_work[0]._training_state}). Come between passes; after an exception in one, call "
+            "reset_iter_state() of the outermost FSDP2 module first."
+        )
+    for group in groups:
+        group.wait_for_unshard()  # nothing may stay under way
+    for module in modules if at_work else ():
+        _forget_pass(module)
+    for module in modules:
+        module.reshard()
+
+
+def _is_at_work(group: Any) -> bool:
+    return group._training_state is not type(group._training_state).IDLE
+
+
+def _forget_pass(module: Any) -> None:
+    """Take a module out of the pass that an exception has ended."""
+    state = module._get_fsdp_state()
+    if not hasattr(module, "reset_iter_state"):  # torch before it had one
+        for owner in (state, *_groups(module)):
+            owner._training_state = type(owner._training_state).IDLE
+        state._state_ctx.iter_forward_root = None
+    elif state._is_root:
+        module.reset_iter_state()
