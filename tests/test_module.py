@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import polyak
+from snags import Snags
 from zoo import ZOO, Bits, bits, bits_of, tensors_of, train_step
 
 HALF = polyak.Exponential(decay=0.5, debias=False)  # (old + new) / 2: no step without a change
@@ -72,28 +71,6 @@ def averaged(module: nn.Module) -> Bits:
 def shares(module: nn.Module, average: Use, name: str) -> bool:
     """Whether the module reads that parameter from the average's own memory."""
     return module.get_parameter(name).data_ptr() == average.tensors[name].data_ptr()
-
-
-class Counted(TorchDispatchMode):
-    """Count the operations of torch and the bytes they allocate; raise at the n-th."""
-
-    def __init__(self, at: int | None = None, error: type[BaseException] = RuntimeError) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.at, self.error = at, error
-        self.calls = self.bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.calls += 1
-        if self.calls == self.at:
-            raise self.error("a snag")
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self.bytes += tensor.untyped_storage().nbytes()
-        return result
 
 
 def bytes_of(module: nn.Module) -> int:
@@ -158,12 +135,12 @@ def test_module_costs_no_memory_where_it_can_share() -> None:
     """Neither when it is made nor at an update: every weight is the average's own."""
     model = mlp()
     average = polyak.Average(model, HALF)
-    with Counted() as plain:
+    with Snags() as plain:
         step(model, average)
 
-    with Counted() as made:
+    with Snags() as made:
         teacher = average.module()
-    with Counted() as updated:
+    with Snags() as updated:
         step(model, average)
 
     assert made.bytes == 0
@@ -176,13 +153,13 @@ def test_module_costs_one_copy_where_it_cannot_share() -> None:
     model = mlp(torch.bfloat16)
     average = polyak.Average(model, HALF)
     step(model, average)
-    with Counted() as plain:
+    with Snags() as plain:
         step(model, average)
 
-    with Counted() as made:
+    with Snags() as made:
         teacher = average.module()
     homes = [p.data_ptr() for p in teacher.parameters()]
-    with Counted() as updated:
+    with Snags() as updated:
         step(model, average, seed=2)
 
     assert made.bytes <= 3 * bytes_of(model)  # one passing test of the range, at most
@@ -242,7 +219,7 @@ def test_frozen_parameters_share_the_live_memory_and_stay_frozen() -> None:
     average = polyak.Average(model, HALF)
     step_without_forward(model, average)
 
-    with Counted() as made:
+    with Snags() as made:
         teacher = average.module()
     shown = teacher[0].get_parameter("weight")  # type: ignore[index]
 
@@ -1130,13 +1107,13 @@ def test_making_and_dropping_many_leaves_updates_as_cheap_as_before() -> None:
     model = net()
     average = polyak.Average(model, HALF)
     step(model, average)
-    with Counted() as before:
+    with Snags() as before:
         step(model, average)
 
     for _ in range(20):
         average.module()
     gc.collect()
-    with Counted() as after:
+    with Snags() as after:
         step(model, average)
 
     assert (after.calls, after.bytes) == (before.calls, before.bytes)
@@ -1365,7 +1342,7 @@ def test_update_that_breaks_anywhere_can_be_made_good(
     for at in range(1, 1_000):
         train_step(model, batch(dtype), torch.Generator().manual_seed(at))
         try:
-            with Counted(at, error):
+            with Snags(at, error):
                 average.update()
         except error:
             broken += 1

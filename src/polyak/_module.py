@@ -80,7 +80,7 @@ def _forget(engine: "weakref.ref[Engine]", key: int) -> None:
         alive.views.pop(key, None)
 
 
-class _Instead:
+class Instead:
     """In the place of a method of one module.
 
     A copy or a pickle of the module is an ordinary module again. The module is held weakly: in a
@@ -95,7 +95,7 @@ class _Instead:
         part = self._part()
         return getattr(type(part), self._name)(part, *args, **named)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Instead":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Instead":
         copied = memo.get(id(self._part()))
         return self if copied is None else _AsUsual(copied, self._name)
 
@@ -103,19 +103,19 @@ class _Instead:
         return getattr, (self._part(), self._name)
 
 
-class _AsUsual(_Instead):
+class _AsUsual(Instead):
     def __call__(self, *args: Any, **named: Any) -> Any:
         return self.usual(*args, **named)
 
 
-class _StayInEval(_Instead):
+class _StayInEval(Instead):
     """Else the `train()` of a parent, which it calls on all its children, would wake the module."""
 
     def __call__(self, mode: bool = True) -> nn.Module | None:
         return self._part()
 
 
-class _LoadIntoAverage(_Instead):
+class _LoadIntoAverage(Instead):
     """What is loaded into the module is loaded into the average, where it is a copy too."""
 
     def __init__(self, part: nn.Module, view: "_View") -> None:

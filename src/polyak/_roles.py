@@ -410,14 +410,15 @@ def _check_fsdp1(model: nn.Module) -> None:
     wrapped = getattr(fsdp, "FullyShardedDataParallel", None)
     if wrapped is None:
         return
-    for module in model.modules():
-        handle = getattr(module, "_handle", None) if isinstance(module, wrapped) else None
-        if handle is not None and handle.uses_sharded_strategy:
-            raise ArgumentError(
-                "the model must not be sharded by FullyShardedDataParallel (FSDP1), which keeps "
-                "flat pieces of several parameters. Use torch.distributed.fsdp.fully_shard "
-                "(FSDP2), or sharding_strategy=NO_SHARD."
-            )
+    wrappers = [module for module in model.modules() if isinstance(module, wrapped)]
+    cut = any(w._handle is not None and w._handle.uses_sharded_strategy for w in wrappers)
+    inside = not wrappers and any(getattr(p, "_fsdp_flattened", False) for p in model.parameters())
+    if cut or inside:
+        raise ArgumentError(
+            "the model must not be sharded by FullyShardedDataParallel (FSDP1), which keeps flat "
+            "pieces of several parameters. Use torch.distributed.fsdp.fully_shard (FSDP2), or "
+            "sharding_strategy=NO_SHARD and the wrapper itself as the model."
+        )
 
 
 def _check_has_data(raw: _Raw) -> None:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak._errors import AveragingError
-
 from . import _checkpoints, _lengths
 from ._display import display, show_study
+from ._words import one_line_errors
 
 if TYPE_CHECKING:
     from polyak.study import Study, Task
@@ -97,7 +96,7 @@ def study(
 
     Example: polyak study regression --seeds 10 --out study-regression
     """
-    try:
+    with one_line_errors():
         _study(
             task,
             seeds=seeds,
@@ -110,12 +109,6 @@ def study(
             quiet=quiet,
             command=shlex.join(["polyak", *context.obj]),
         )
-    except AveragingError as error:
-        typer.echo(f"polyak: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("polyak: stopped; nothing was written.", err=True)
-        raise typer.Exit(130) from None
 
 
 def _study(

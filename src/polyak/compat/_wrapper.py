@@ -13,7 +13,7 @@ from .._engine import check_undamaged, count_holders, kind
 from .._errors import ArgumentError, MatchError, OrderError
 from .._history import History
 from .._identities import schedule_state
-from .._module import _Instead, averaged_module
+from .._module import Instead, averaged_module
 from .._roles import bare, take_inventory
 from .._schedules import Schedule
 from .._state import LOADING
@@ -354,7 +354,7 @@ class AverageModule(nn.Module):
         engine.show()
 
 
-class _LoadIntoOwner(_Instead):
+class _LoadIntoOwner(Instead):
     """What is loaded into a child is loaded into the average, statistics and all digits included.
 
     A copy of the child alone is an ordinary module; one of the whole watches its own child.
