@@ -84,7 +84,8 @@ class Uses:
         """Fresh copies of the full set, ready for `load_state_dict(strict=True)`.
 
         Averaged tensors come from the average, integer buffers, frozen parameters and the like from
-        the live model as it is now. Dtypes are those of the live model.
+        the live model as it is now. Dtypes are those of the live model, and so is how each tensor
+        is spread over ranks: those of FSDP2 or tensor parallelism load into such a model.
 
         Args:
             dtype: for the real floating tensors, instead of the live dtype.
@@ -100,6 +101,7 @@ class Uses:
         """The averaged tensors by canonical name, in storage dtype: views, for reading only.
 
         Views show the average at all times, also inside `applied()`. Taken there they are copies.
+        `DTensor`s where the average is spread over ranks.
         """
         self._refresh()
         values = self._engine.values(self._row)
@@ -211,7 +213,10 @@ class Uses:
         return copy_to(self._engine, self._row, module, share=share, names=names, partial=partial)
 
     def report(self) -> Report:
-        """Whether it works, and what it remembers: roles, memory, incidents, notes."""
+        """Whether it works, and what it remembers: roles, memory, incidents, notes.
+
+        Of an average that is spread over ranks, distance, bytes and incidents are this rank's.
+        """
         self._engine.settle()
         self._refresh()
         return report(self._engine, self._row, rule=self._rule(), stored=self._stored())
