@@ -61,7 +61,11 @@ class Ranks:
 
 
 def ranks_of(engine: Engine) -> Ranks:
-    """The ranks over which an average is spread; of several meshes the largest."""
+    """The ranks over which an average is spread; of several meshes the largest.
+
+    Replicas of a mesh (tensor parallelism with data parallelism around it) know nothing of each
+    other here.
+    """
     spread = [tensor for tensor in engine.rows[0].tensors if is_sharded(tensor)]
     if not spread:
         return Ranks()

@@ -35,7 +35,9 @@ def save(
     rule, time, updates and the version of polyak. To resume training save `state_dict()` instead.
 
     An average that is spread over ranks is gathered and written one tensor at a time: all of them
-    must call this with the same path, the first one writes, and it returns when the file is there.
+    must call this with the same path, the first one writes, and it returns when the file is
+    there. Of several groups of ranks that hold the same average, such as data-parallel replicas of
+    a tensor-parallel model, one is enough.
 
     Args:
         average: any average.

@@ -175,36 +175,55 @@ def check_can_be_cut(tensor: Tensor, name: str) -> None:
 # ── FSDP2: a module shows its shards, or for a while whole parameters in their place ──────────────
 
 
-def fsdp_modules(model: nn.Module) -> Iterator[Any]:
-    """The modules that `fully_shard` was called on."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    wrapped = getattr(module, "FSDPModule", None)
-    if wrapped is not None:
-        yield from (child for child in model.modules() if isinstance(child, wrapped))
+def _fsdp_states(model: nn.Module) -> list[Any]:
+    """FSDP2's records of the modules whose groups hold parameters of `model`, in a fixed order.
+
+    `fully_shard` may have been called on a module around it: then nothing in `model` tells.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrapped = getattr(fsdp, "FSDPModule", None)
+    if wrapped is None:
+        return []
+    composed = sys.modules.get("torch.distributed._composable_state")
+    everywhere = getattr(composed, "_module_state_mapping", None)
+    inside = {id(module) for module in model.modules()}
+    states = [
+        owner._get_fsdp_state()
+        for owner in (model.modules() if everywhere is None else list(everywhere))
+        if isinstance(owner, wrapped)
+    ]
+    return [
+        state
+        for state in {id(state): state for state in states}.values()
+        if any(place[0] in inside for record in _records(state) for place in _places(record))
+    ]
 
 
-def _groups(module: Any) -> list[Any]:
+def _groups(state: Any) -> list[Any]:
     """Parameters that FSDP2 gathers together."""
-    state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # torch before it had several a module
         groups = [state._fsdp_param_group] if state._fsdp_param_group else []
     return list(groups)
 
 
+def _records(state: Any) -> list[Any]:
+    return [record for group in _groups(state) for record in group.fsdp_params]
+
+
 def fsdp_parameters(model: nn.Module) -> dict[tuple[int, str], Any]:
     """FSDP2's record of each parameter, by (id of the module that shows it, name in it)."""
     return {
-        place: parameter
-        for module in fsdp_modules(model)
-        for group in _groups(module)
-        for parameter in group.fsdp_params
-        for place in _places(parameter._module_info)
+        place: record
+        for state in _fsdp_states(model)
+        for record in _records(state)
+        for place in _places(record)
     }
 
 
-def _places(info: Any) -> Iterator[tuple[int, str]]:
+def _places(record: Any) -> Iterator[tuple[int, str]]:
     """Where one parameter hangs: its own place, and those of layers that share it."""
+    info = record._module_info
     yield id(info.module), info.param_name
     for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
         yield id(module), name
@@ -231,8 +250,8 @@ def reshard(model: nn.Module | None, *, after_error: bool = False) -> None:
     Raises:
         OrderError: in the middle of a forward or backward pass.
     """
-    modules = [] if model is None else list(fsdp_modules(model))
-    groups = [group for module in modules for group in _groups(module)]
+    states = [] if model is None else _fsdp_states(model)
+    groups = [group for state in states for group in _groups(state)]
     at_work = [group for group in groups if _is_at_work(group)]
     if at_work and not after_error:
         raise OrderError(
@@ -242,22 +261,21 @@ def reshard(model: nn.Module | None, *, after_error: bool = False) -> None:
         )
     for group in groups:
         group.wait_for_unshard()  # nothing may stay under way
-    for module in modules if at_work else ():
-        _forget_pass(module)
-    for module in modules:
-        module.reshard()
+    for state in states if at_work else ():
+        _forget_pass(state)
+    for group in groups:
+        group.reshard()
 
 
 def _is_at_work(group: Any) -> bool:
     return group._training_state is not type(group._training_state).IDLE
 
 
-def _forget_pass(module: Any) -> None:
-    """Take a module out of the pass that an exception has ended."""
-    state = module._get_fsdp_state()
-    if not hasattr(module, "reset_iter_state"):  # torch before it had one
-        for owner in (state, *_groups(module)):
+def _forget_pass(state: Any) -> None:
+    """Take modules out of the pass that an exception has ended."""
+    if not hasattr(state, "_reset_iter_state"):  # torch before it had one
+        for owner in (state, *_groups(state)):
             owner._training_state = type(owner._training_state).IDLE
         state._state_ctx.iter_forward_root = None
     elif state._is_root:
-        module.reset_iter_state()
+        state._reset_iter_state()
