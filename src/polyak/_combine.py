@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ._errors import ArgumentError
-from ._files import Checkpoint, TensorInfo
-from ._slices import BLOCK, SLICE, THREADS, Progress, Slice, on_threads, slices
+from ._files import ALONE, Checkpoint, Team, TensorInfo
+from ._slices import BLOCK, SLICE, THREADS, Progress, Slice, on_threads, share
 
 # Called with a name, the index of the first element, and the elements.
 Sink: TypeAlias = Callable[[str, int, Tensor], None]
@@ -69,17 +69,22 @@ class Combination:
         if not any(self.coefficients):
             raise ArgumentError("coefficients must have one that is not 0, got none.")
 
-    def compute(self, sink: Sink, *, progress: Progress | None = None) -> None:
+    def compute(self, sink: Sink, *, progress: Progress | None = None, team: Team = ALONE) -> None:
         """Give every element to `sink`, from several threads, in any order.
+
+        Args:
+            sink: where they go.
+            progress: called now and then with elements done and in all, of this rank.
+            team: the ranks that share out the elements.
 
         Raises:
             ArgumentError: NaN or inf in a checkpoint; a result that its dtype cannot hold.
         """
-        total = sum(info.numel for info in self.tensors.values())
+        pieces = list(share(self.tensors, rank=team.rank, size=team.size))
         on_threads(
-            slices(self.tensors),
+            pieces,
             lambda piece: self._one(piece, sink),
-            total=total,
+            total=sum(piece.stop - piece.start for piece in pieces),
             progress=progress,
         )
 

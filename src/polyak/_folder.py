@@ -10,13 +10,14 @@ from typing import Any, TypeAlias, get_args
 import torch
 
 from ._errors import ArgumentError
-from ._files import open_checkpoint
+from ._files import open_checkpoint, outline
 from ._fit import Storage
 from ._history import History
 from ._identities import schedule_from_state
 from ._schedules import Schedule
 
 FORMAT = 1
+_FILE, _SPREAD = ".safetensors", ".dcp"  # of an average in one process, and of one over many ranks
 
 # The function that was an average's schedule, or such functions by average.
 Opaque: TypeAlias = Schedule | Mapping[str, Schedule]
@@ -24,10 +25,10 @@ Opaque: TypeAlias = Schedule | Mapping[str, Schedule]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One file of one average, and what it says of itself.
+    """One file of one average, or a folder of its pieces, and what it says of itself.
 
     Attributes:
-        path: the file.
+        path: the file, or a folder of torch.distributed.checkpoint.
         average: the name of the average.
         now: the time at which it was taken, on the clock of the run.
         updates: how many updates had gone into it.
@@ -113,7 +114,7 @@ def read_folder(directory: Path) -> list[Snapshot]:
             f"directory must be a folder of snapshots, got {str(directory)!r}, which is "
             + ("a file." if directory.exists() else "not there.")
         )
-    files = sorted(directory.glob("*.safetensors"))
+    files = snapshot_paths(directory)
     if not files:
         raise ArgumentError(
             f"directory must hold snapshots, got {str(directory)!r} without one. "
@@ -123,11 +124,24 @@ def read_folder(directory: Path) -> list[Snapshot]:
     return sorted(found, key=lambda file: (file.now, file.average))
 
 
+def snapshot_paths(directory: Path) -> list[Path]:
+    """What is there under the name of a snapshot; what is being written is not."""
+    return sorted(path for ending in (_FILE, _SPREAD) for path in directory.glob(f"*{ending}"))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+
+
 def read_snapshot(path: Path) -> Snapshot:
-    """One snapshot, from the header of its file."""
-    with open_checkpoint(path) as file:
-        metadata = dict(file.metadata)
-        shapes = {name: info.shape for name, info in file.tensors.items()}
+    """One snapshot, from the header of its file, or from what its folder says of itself."""
+    if path.is_dir():
+        metadata, tensors = outline(path)
+    else:
+        with open_checkpoint(path) as file:
+            metadata, tensors = file.metadata, dict(file.tensors)
+    shapes = {name: info.shape for name, info in tensors.items()}
     try:
         about = json.loads(metadata["polyak"])
         _check(about)
@@ -179,10 +193,10 @@ def _check_clock(about: Mapping[str, Any]) -> None:
         raise ValueError("its history names a schedule that it does not have")
 
 
-def snapshot_name(average: str, now: float) -> str:
-    """The file name of a snapshot: sorts by time, and ends in it."""
+def snapshot_name(average: str, now: float, *, spread: bool = False) -> str:
+    """The name of a snapshot's file, or of its folder if `spread`: sorts by time, ends in it."""
     time = f"{int(now):012d}" if float(now).is_integer() else repr(float(now))
-    return f"{average}-{time}.safetensors"
+    return f"{average}-{time}{_SPREAD if spread else _FILE}"
 
 
 def _beginning(history: Sequence[Sequence[float]], updates: int) -> list[list[float]]:

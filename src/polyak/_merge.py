@@ -3,10 +3,11 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,12 +15,15 @@ from . import _coefficients as shares
 from ._coefficients import Curve
 from ._combine import Combination, NonFinite, is_averaged
 from ._errors import ArgumentError
-from ._files import checkpoint_writer
+from ._files import ALONE, Team, checkpoint_writer, team_of
 from ._files._folder import is_weights_name
 from ._inputs import Inputs, Named, PathLikes, known_steps, open_inputs, steps_of
 from ._schedules import Schedule
 from ._slices import Progress
 from ._version import version_of_polyak
+
+if TYPE_CHECKING:  # a build of torch may be without it
+    from torch.distributed import ProcessGroup
 
 _WORTH_A_NOTE = 1e-3  # of the weight
 _OTHER_FORMATS = (".pt", ".pth", ".bin", ".ckpt", ".pkl")  # nobody calls a folder so
@@ -95,6 +99,7 @@ def merge(
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> Merge:
     """Average checkpoint files into one, tensor by tensor, in about 30 MB of memory.
 
@@ -112,6 +117,9 @@ def merge(
     shapes and kinds are compared before a byte is written, and the result appears whole or not at
     all. Averaging helps checkpoints of one run, or of runs that started from the same weights; of
     others it makes noise: try `line` on two of them.
+
+    Where torch.distributed is initialised all ranks must call this, with the same arguments and on
+    a disk that all see: each reads and writes its share of the bytes, and the result is the same.
 
     Args:
         checkpoints: safetensors files, sharded or not, Hugging Face folders, torch files, folders
@@ -134,11 +142,14 @@ def merge(
         max_shard_size: bytes; more than that is written as several files.
         force: replace a folder that exists.
         dry_run: check everything and tell, without writing.
-        progress: called now and then with elements done and in all.
+        progress: called now and then with elements done and in all, of this rank.
+        group: the ranks that share the work; None for all there are.
 
     Raises:
-        ArgumentError: a value out of range; a file that cannot be read; NaN, inf, or an overflow.
+        ArgumentError: a value out of range; a file that cannot be read; NaN, inf, or an overflow;
+            on all ranks, when one of them finds it.
         MatchError: checkpoints of different models; integers that do not agree.
+        OrderError: a rank is gone.
 
     Examples:
         >>> import tempfile
@@ -152,18 +163,27 @@ def merge(
         >>> load_file(f"{folder}/mean.safetensors")["w"]
         tensor([150., 150.])
     """
-    target = Path(out)
-    _check_ways(coefficients, normalize, schedule, curve, window)
-    with open_inputs(checkpoints, key=key, dtype=dtype) as inputs:
-        check_target(inputs, target, force=force)
-        counted = _count(inputs, coefficients, normalize, schedule, curve, window, steps)
-        exact = inputs.exact(integers)
-        plan, combination = prepare(inputs, counted, target, exact=exact, nonfinite=nonfinite)
-        _check_shards(plan, max_shard_size)
+    team, target = team_of(group), Path(out)
+    with ExitStack() as stack:
+        with team.agreed():
+            _check_ways(coefficients, normalize, schedule, curve, window)
+            inputs = stack.enter_context(open_inputs(checkpoints, key=key, dtype=dtype))
+            check_target(inputs, target, force=force)
+            counted = _count(inputs, coefficients, normalize, schedule, curve, window, steps)
+        exact = team.first(lambda: inputs.exact(integers))  # it may have to read
+        with team.agreed():
+            plan, combination = prepare(inputs, counted, target, exact=exact, nonfinite=nonfinite)
+            _check_shards(plan, max_shard_size)
         if dry_run:
             return plan
         return write(
-            plan, inputs, combination, max_shard_size=max_shard_size, force=force, progress=progress
+            plan,
+            inputs,
+            combination,
+            max_shard_size=max_shard_size,
+            force=force,
+            progress=progress,
+            team=team,
         )
 
 
@@ -222,8 +242,9 @@ def write(
     max_shard_size: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Merge:
-    """Carry out a plan."""
+    """Carry out a plan, together with the other ranks of the team."""
     last = inputs.paths.index(plan.ingredients[-1].path)
     with checkpoint_writer(
         plan.out,
@@ -233,8 +254,9 @@ def write(
         aliases=inputs.aliases,
         side_files=inputs.checkpoints[last].side_files,
         force=force,
+        team=team,
     ) as writer:
-        combination.compute(writer.write, progress=progress)
+        combination.compute(writer.write, progress=progress, team=team)
     return replace(plan, written=True)
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -14,15 +14,26 @@ from torch import Tensor
 from ._combine import Combination
 from ._engine import check_dtype, check_time
 from ._errors import ArgumentError, MatchError
-from ._files import Checkpoint, TensorInfo, checkpoint_writer, open_checkpoint
+from ._files import (
+    ALONE,
+    Checkpoint,
+    Team,
+    TensorInfo,
+    checkpoint_writer,
+    open_checkpoint,
+    team_of,
+)
 from ._fit import MAX_ERROR, Fit, Overlaps, Storage, Stored, Target, Track
-from ._folder import Opaque, Snapshot, read_folder
+from ._folder import Opaque, Snapshot, read_folder, size_of
 from ._history import History
 from ._inputs import PathLikes, open_inputs, steps_of
 from ._profiles import Profile
 from ._schedules import Schedule
 from ._serving import SnapshotReport, serving
 from ._slices import Progress
+
+if TYPE_CHECKING:  # a build of torch may be without it
+    from torch.distributed import ProcessGroup
 
 Source = str | PathLike[str]
 
@@ -87,34 +98,53 @@ class Reconstruction:
         dtype: torch.dtype | None = None,
         max_shard_size: int | None = None,
         progress: Progress | None = None,
+        group: "ProcessGroup | None" = None,
     ) -> None:
         """Write the full set to a safetensors file, tensor by tensor, whole or not at all.
 
         Its metadata says which schedule it stands for, how close it is, and from which snapshots.
+        Where torch.distributed is initialised all ranks must call this, on a disk that all see:
+        each reads and writes its share of the bytes, and the file is the same.
 
         Args:
             path: a `.safetensors` file, or a folder for shards.
             dtype: of the real averaged tensors, instead of the dtype they were trained in.
             max_shard_size: bytes; more than that is written as several files.
-            progress: called now and then with elements done and in all.
+            progress: called now and then with elements done and in all, of this rank.
+            group: the ranks that share the work; None for all there are.
 
         Raises:
             ArgumentError: as for `weights`; a folder that does not exist.
             FileNotFoundError: a snapshot that is gone by now.
+            OrderError: a rank is gone.
         """
-        with self._opened(dtype) as (combination, others):
+        self._write(Path(path), dtype, max_shard_size, progress, team_of(group))
+
+    def _write(
+        self,
+        path: Path,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | None = None,
+        progress: Progress | None = None,
+        team: Team = ALONE,
+    ) -> None:
+        """`save`, by this process alone unless there is a team."""
+        with ExitStack() as stack:
+            with team.agreed():
+                combination, others = stack.enter_context(self._opened(dtype))
             infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in others.items()}
             tensors = {**combination.tensors, **infos}
             ties = {alias: n for alias, n in self._about["ties"].items() if n in tensors}
             with checkpoint_writer(
-                Path(path),
+                path,
                 tensors,
                 metadata={"polyak": json.dumps(self._provenance())},
                 max_shard_size=max_shard_size,
                 aliases=ties,
+                team=team,
             ) as writer:
-                combination.compute(writer.write, progress=progress)
-                for name, tensor in others.items():
+                combination.compute(writer.write, progress=progress, team=team)
+                for name, tensor in others.items() if team.leads else ():
                     writer.write(name, 0, tensor.flatten())
 
     @contextmanager
@@ -209,6 +239,7 @@ def reconstruct(
     steps: Sequence[float] | None = None,
     opaque: Opaque | None = None,
     progress: Progress | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> Reconstruction:
     """Return the average that `schedule` would have given, from averages that were stored.
 
@@ -235,6 +266,7 @@ def reconstruct(
         opaque: the schedule of the snapshots where it was a function, which no file can hold; by
             average where several were.
         progress: called now and then with elements done and in all, while `out` is written.
+        group: the ranks that share the work of `out`, as for `Reconstruction.save`.
 
     Returns:
         The sum, not yet computed: its `fit` says how close it is, `weights()` and `save()` make it.
@@ -259,19 +291,21 @@ def reconstruct(
         >>> found.fit.error < 1e-4, sorted(found.weights())
         (True, ['bias', 'weight'])
     """
-    run = (
-        open_run(source, opaque=opaque)
-        if isinstance(source, str | PathLike)
-        else _foreign_run(source, law=law, steps=steps)
-    )
-    if isinstance(source, str | PathLike) and (law is not None or steps is not None):
-        raise ArgumentError(
-            "law and steps must be left out for a folder of snapshots, which say themselves how "
-            "they came about. For files of something else pass them as a list."
+    team = ALONE if out is None else team_of(group)
+    with team.agreed():
+        run = (
+            open_run(source, opaque=opaque)
+            if isinstance(source, str | PathLike)
+            else _foreign_run(source, law=law, steps=steps)
         )
-    result = run.reconstruct(schedule, at=at, max_error=max_error)
+        if isinstance(source, str | PathLike) and (law is not None or steps is not None):
+            raise ArgumentError(
+                "law and steps must be left out for a folder of snapshots, which say themselves "
+                "how they came about. For files of something else pass them as a list."
+            )
+        result = run.reconstruct(schedule, at=at, max_error=max_error)
     if out is not None:
-        result.save(out, dtype=dtype, progress=progress)
+        result._write(Path(out), dtype, None, progress, team)
     return result
 
 
@@ -305,7 +339,7 @@ class Run:
 
     def report(self, *, at: float | None = None) -> SnapshotReport:
         """What is there, and which lengths it serves at one of its moments (None: the newest)."""
-        size = sum(path.stat().st_size for path in self.files)
+        size = sum(size_of(path) for path in self.files)
         return serving(self.overlaps, self.averages, size, at=at)
 
 

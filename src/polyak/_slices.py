@@ -34,6 +34,17 @@ def slices(tensors: Mapping[str, TensorInfo]) -> Iterator[Slice]:
             yield Slice(name, start, min(start + SLICE, info.numel))
 
 
+def share(tensors: Mapping[str, TensorInfo], *, rank: int, size: int) -> Iterator[Slice]:
+    """The slices of one rank out of `size`: a stretch of about as many bytes as the others'."""
+    total = sum(info.nbytes for info in tensors.values())
+    begin = 0
+    for piece in slices(tensors):
+        count = (piece.stop - piece.start) * tensors[piece.name].dtype.itemsize
+        if (2 * begin + count) * size // (2 * total) == rank:  # where its middle lies
+            yield piece
+        begin += count
+
+
 def on_threads(
     jobs: Iterable[Slice],
     work: Callable[[Slice], None],

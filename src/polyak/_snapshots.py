@@ -3,9 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -16,16 +17,48 @@ from torch import Tensor
 
 from . import _kernels as kernels
 from ._average import Average, Averages
-from ._engine import check_dtype, is_count
+from ._engine import Engine, check_dtype, is_count
 from ._errors import ArgumentError, MatchError, OrderError, show_time
-from ._files import write_tensors
+from ._files import ALONE, Team, team_among, write_tensors
 from ._fit import plan
-from ._folder import FORMAT, Snapshot, read_folder, snapshot_name, storage_of, thinned
+from ._folder import (
+    FORMAT,
+    Snapshot,
+    read_folder,
+    size_of,
+    snapshot_name,
+    snapshot_paths,
+    storage_of,
+    thinned,
+)
 from ._identities import schedule_state
+from ._ranks import ranks_of
 from ._roles import Entry
 from ._schedules import After, Schedule
 from ._serving import SnapshotReport, serving
+from ._sharding import Part, part_of, plain
 from ._state import tensor_state
+
+_WIDER = {4: torch.float32, 8: torch.float64}  # by bytes of an element
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """One average as it was at a moment.
+
+    Args:
+        path: where it goes.
+        tensors: on the host; what this rank holds of them.
+        parts: where that lies in the whole; None for all of it.
+        shapes: of the whole averaged tensors.
+        about: what is said of it.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    parts: Mapping[str, Part | None]
+    shapes: Mapping[str, tuple[int, ...]]
+    about: Mapping[str, Any]
 
 
 @final
@@ -42,21 +75,29 @@ class Snapshots:
     with the second (Karras et al. 2024, section 3, https://arxiv.org/abs/2312.02696). Some 32 to
     64 in a run serve lengths from 3 to 25 % of it.
 
+    Of averages that are spread over ranks (FSDP2, tensor parallel, `shard=`) every rank makes one
+    of these, with the same arguments, and updates alike. A snapshot is then a folder of
+    torch.distributed.checkpoint: each rank copies and writes what it holds, nothing is gathered.
+    They talk over a gloo group of their own, from the thread; in a torch without gloo they write
+    before training goes on. A run may go on with another number of ranks in the same folder.
+
     Args:
         averages: what to write, an `Average` or `Averages`.
-        directory: where; made if need be. One folder holds one run: to go on with a run, load its
-            averages first. Runs are told apart by names, shapes, schedules and the times of their
-            updates; take a folder of its own for each seed. What the averages had not yet reached
-            when they were saved moves to the subfolder `superseded`: training takes it again.
+        directory: where, for all ranks; made if need be. One folder holds one run: to go on with a
+            run, load its averages first. Runs are told apart by names, shapes, schedules and the
+            times of their updates; take a folder of its own for each seed. What the averages had
+            not yet reached when they were saved moves to the subfolder `superseded`: training takes
+            it again.
         every: time between snapshots, in the unit of the clock.
         dtype: of real floating tensors in the files. A tensor with values that float16 cannot hold
-            is written in float32; complex ones are complex64, the widest of the format.
+            is written in float32, on all ranks if it is so on one; complex ones are complex64, the
+            widest of the format.
         keep: hold at most so many moments, at least 4: when there are more, those are removed that
             leave the rest nearest to evenly spaced. None keeps all.
 
     Raises:
         ArgumentError: a value out of range; a folder that cannot be made.
-        MatchError: a folder of another run.
+        MatchError: a folder of another run; ranks that ask for different things.
         OrderError: averages that never ran, and a folder that is not empty.
 
     Examples:
@@ -98,7 +139,13 @@ class Snapshots:
         self._engine = next(iter(self._members.values()))._engine
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
-        self._files = self._opened(updates=self._engine.updates)
+        self._team, self._behind = _team(self._engine)
+        try:
+            self._check_ranks_agree()
+            self._files = self._opened(updates=self._engine.updates)
+        except BaseException:
+            self._team.close()
+            raise
         self._jumps = self._engine.jumps
         # A moment that was lost with the process is taken at the next update.
         self._taken_at = max(self._moments(), default=self._engine.now)
@@ -120,7 +167,7 @@ class Snapshots:
     def stored_bytes(self) -> int:
         """Size of all files, once they are written."""
         self.flush()
-        return sum(file.path.stat().st_size for file in self._files)
+        return sum(size_of(file.path) for file in self._files)
 
     def plan(self, until: float) -> SnapshotReport:
         """What the folder will hold at time `until`: lengths, errors and disk, before it is spent.
@@ -171,11 +218,11 @@ class Snapshots:
         return averaged + sum(tensor.numel() * tensor.itemsize for tensor in live)
 
     def take(self) -> None:
-        """Take a snapshot of the averages as they are, whatever the time.
+        """Take a snapshot of the averages as they are, whatever the time; on all ranks.
 
         Raises:
-            OrderError: before the first update; after `close`.
-            OSError: the snapshot before could not be written.
+            OrderError: before the first update; after `close`; ranks that are not at one moment.
+            OSError: the snapshot before could not be written, by this rank or by another.
         """
         self.flush()
         if self._writer is None:
@@ -184,12 +231,12 @@ class Snapshots:
         engine.settle()
         if not engine.updates:
             raise OrderError("take must come after the first update, got it before.")
-        taken = [
-            (self.directory / snapshot_name(name, engine.now), *self._copied(name))
-            for name in self._members
-        ]
+        taken = self._copied()
         self._taken_at = engine.now
-        self._pending = self._writer.submit(self._write, taken)
+        if self._behind:
+            self._pending = self._writer.submit(self._write, taken)
+        else:
+            self._write(taken)
 
     def flush(self) -> None:
         """Wait until all that was taken is on disk; raise what went wrong there."""
@@ -206,6 +253,7 @@ class Snapshots:
         finally:
             if writer is not None:
                 writer.shutdown()
+                self._team.close()
 
     def __enter__(self) -> Self:
         return self
@@ -227,12 +275,34 @@ class Snapshots:
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────
 
+    def _check_ranks_agree(self) -> None:
+        """Raise unless all ranks will take the same snapshots at the same updates."""
+        engine = self._engine
+        told = self._team.gathered(
+            {
+                "averages": list(self._members),
+                "(now, updates)": (engine.now, engine.updates),
+                "every": self.every,
+                "dtype": str(self.dtype),
+                "keep": self.keep,
+            }
+        )
+        for name, ours in told[0].items():
+            if others := [theirs[name] for theirs in told if theirs[name] != ours]:
+                raise MatchError(
+                    f"{name} must be the same on every rank, got {ours} and {others[0]}. Build the "
+                    "averages, load them and make Snapshots alike on all ranks."
+                )
+
     def _opened(self, *, updates: int) -> list[Snapshot]:
         """The folder's files of this run, after all of it was checked.
 
         Args:
             updates: how many the averages had when they came to this folder.
         """
+        return self._team.first(lambda: self._found(updates))
+
+    def _found(self, updates: int) -> list[Snapshot]:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -240,7 +310,7 @@ class Snapshots:
                 f"directory must be a folder that can be made, got {str(self.directory)!r} "
                 f"({error.strerror})."
             ) from error
-        found = read_folder(self.directory) if any(self.directory.glob("*.safetensors")) else []
+        found = read_folder(self.directory) if snapshot_paths(self.directory) else []
         if not found:
             return []
         if not updates:
@@ -255,6 +325,7 @@ class Snapshots:
         for file in ahead:
             aside = self.directory / "superseded"
             aside.mkdir(exist_ok=True)
+            _remove(aside / file.path.name)
             file.path.replace(aside / file.path.name)
         return [file for file in found if file not in ahead]
 
@@ -293,15 +364,51 @@ class Snapshots:
         return math.floor((time - self._engine.origin) / self.every * (1.0 + 1e-12) + 1e-12)
 
     @torch.no_grad()
-    def _copied(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies on the host of one average and of the live buffers, and what to say of them."""
+    def _copied(self) -> list[_Taken]:
+        """Copies on the host of what this rank holds of each average, and what to say of them."""
+        with self._team.agreed():
+            taken = [self._taken(name) for name in self._members]
+        self._widen(taken)
+        return taken
+
+    def _taken(self, name: str) -> _Taken:
         engine = self._engine
         values = tensor_state(engine, engine.values(self._members[name]._row), copies=False)
-        tensors = {name: kernels.narrowed(value, self.dtype) for name, value in values.items()}
+        tensors = {n: kernels.narrowed(plain(value), self.dtype) for n, value in values.items()}
         for entry in self._live_buffers():
             lent = {} if engine.loan is None else engine.loan.live
-            tensors[entry.name] = lent.get(entry.name, entry.live()).detach().cpu().clone()
-        return tensors, self._about(name)
+            values[entry.name] = lent.get(entry.name, entry.live())
+            tensors[entry.name] = plain(values[entry.name]).cpu().clone()
+        return _Taken(
+            self.directory / snapshot_name(name, engine.now, spread=self._team is not ALONE),
+            tensors,
+            {n: part_of(value) for n, value in values.items()},
+            self._shapes(),
+            self._about(name),
+        )
+
+    def _widen(self, taken: list[_Taken]) -> None:
+        """Give each tensor one dtype on all ranks, the widest that any of its parts needs.
+
+        Raises:
+            OrderError: on all ranks, when they are not at the same update.
+        """
+        engine = self._engine
+        ours = [bytes(tensor.itemsize for tensor in one.tensors.values()) for one in taken]
+        told = self._team.gathered(((engine.now, engine.updates), ours))
+        clocks = {clock for clock, _ in told}
+        if len(clocks) > 1:
+            raise OrderError(
+                "snapshots must be taken of one moment on all ranks, got (now, updates) = "
+                f"{sorted(clocks)}. Call update on every rank after every step."
+            )
+        for index, (one, member) in enumerate(zip(taken, self._members.values(), strict=True)):
+            widest = [max(row) for row in zip(*(sizes[index] for _, sizes in told), strict=True)]
+            values = engine.values(member._row)
+            for (name, tensor), width in zip(list(one.tensors.items()), widest, strict=True):
+                if tensor.itemsize < width:
+                    source = plain(values[engine.slots[name]])
+                    one.tensors[name] = source.to("cpu", _WIDER[width], copy=True)
 
     def _live_buffers(self) -> list[Entry]:
         """What a checkpoint needs beside the averages, and what is small."""
@@ -336,18 +443,54 @@ class Snapshots:
             ],
         }
 
-    def _write(self, taken: list[tuple[Path, dict[str, Tensor], dict[str, Any]]]) -> None:
-        for path, tensors, about in taken:
-            write_tensors(path, tensors, {"polyak": json.dumps(about)})
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            self._files = [file for file in self._files if file.path != path]
-            self._files.append(Snapshot.of(path, about, shapes))
+    def _write(self, taken: list[_Taken]) -> None:
+        for one in taken:
+            self._write_one(one)
+            new = Snapshot.of(one.path, one.about, one.shapes)
+            old = [f for f in self._files if (f.average, f.now) == (new.average, new.now)]
+            self._drop([file for file in old if file.path != new.path])
+            self._files = [file for file in self._files if file.path != new.path]
+            self._files.append(new)
         if self.keep is not None:
             stay = set(thinned(self._moments(), self.keep, start=self._engine.origin))
-            for file in [file for file in self._files if file.now not in stay]:
-                with suppress(FileNotFoundError):
-                    file.path.unlink()
-                self._files.remove(file)
+            self._drop([file for file in self._files if file.now not in stay])
+
+    def _write_one(self, one: _Taken) -> None:
+        words = json.dumps(one.about)
+        if self._team is ALONE:
+            write_tensors(one.path, one.tensors, {"polyak": words})
+            return
+        from ._files._pieces import write_pieces  # it brings torch.distributed.checkpoint
+
+        write_pieces(one.path, one.tensors, one.parts, words=words, team=self._team)
+
+    def _drop(self, files: list[Snapshot]) -> None:
+        """Remove snapshots from the folder."""
+
+        def remove() -> None:
+            for file in files:
+                _remove(file.path)
+
+        if files:
+            self._team.first(remove)
+        self._files = [file for file in self._files if file not in files]
+
+
+def _team(engine: Engine) -> tuple[Team, bool]:
+    """The ranks that write together, and whether they can while training goes on."""
+    mesh = ranks_of(engine).mesh
+    return (ALONE, True) if mesh is None else team_among(mesh.mesh.flatten().tolist())
+
+
+def _remove(path: Path) -> None:
+    """Remove a snapshot, if it is there; a folder gives up its name before its contents."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    aside = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _members(averages: object) -> dict[str, Average]:

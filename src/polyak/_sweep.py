@@ -267,7 +267,7 @@ def _scored(score: Score, score_of: ScoreOf, one: Reconstruction, model: nn.Modu
     if score_of == "file":
         with tempfile.TemporaryDirectory(prefix="polyak-") as folder:
             path = f"{folder}/average.safetensors"
-            one.save(path)
+            one._write(Path(path))  # by this rank, which scores it, whatever the others do
             return score(path)
     weights = one.weights()
     if model is None:

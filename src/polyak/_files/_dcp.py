@@ -5,8 +5,9 @@ the names below may be mentioned, and none of them is called.
 https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from torch import Tensor
 from .._errors import ArgumentError
 from ._bytes import File
 from ._checkpoint import Contents, Files, Later, Unreadable
-from ._folder import inside
+from ._folder import inside, read_json, trusted_ties
 from ._pickle import Call, Name, read_pickle
 from ._stored import Stored, TensorInfo, check_unfolded, checked_shape, read_boxes
 from ._torch import DTYPES, read_torch
 
 METADATA = ".metadata"
+WORDS = "polyak.json"  # what a folder of ours says of itself; files say it in their headers
 _MODULE = "torch.distributed.checkpoint"
 _KNOWN = {
     *DTYPES,
@@ -87,8 +89,41 @@ class Chunked:
         return result
 
 
-def read_dcp(folder: Path, files: Files) -> Contents:
-    """The state dict of a folder, nested as it was saved."""
+class _Pieces(Sequence[Stored]):
+    """Pieces of a tensor, each looked at when it is asked for: a folder may hold thousands."""
+
+    def __init__(self, look: Sequence[Callable[[], Stored]]) -> None:
+        self._look = look
+        self._found: dict[int, Stored] = {}
+
+    def __len__(self) -> int:
+        return len(self._look)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in self._found:
+            self._found[index] = self._look[index]()
+        return self._found[index]
+
+
+def outline(folder: Path) -> tuple[Mapping[str, str], dict[str, TensorInfo]]:
+    """What a folder says of itself and of its tensors; the pieces are not looked at."""
+    files = Files()
+    try:
+        contents = read_dcp(folder, files, closely=False)
+    finally:
+        files.close()
+    tensors = {name: value for name, value in contents.tree.items() if isinstance(value, Chunked)}
+    return contents.metadata, {name: tensor.info for name, tensor in tensors.items()}
+
+
+def read_dcp(folder: Path, files: Files, *, closely: bool = True) -> Contents:
+    """The state dict of a folder, nested as it was saved.
+
+    Args:
+        folder: where it lies.
+        files: those that are opened.
+        closely: look at every piece, so that nothing is left to be refused when it is read.
+    """
     file = files.open(inside(folder, METADATA))
     root = read_pickle(file.read(0, file.size), METADATA, known=_KNOWN).value
     fields = _fields(root, "Metadata")
@@ -105,7 +140,18 @@ def read_dcp(folder: Path, files: Files) -> Contents:
         if not _put(tree, path if _is_path(path) else (name,), reader.node(name, entry)):
             raise _damaged(folder, f"something else has the place of {name!r:.80}")
     check_unfolded(reader.tensors, reader.size, METADATA)
-    return Contents("torch distributed checkpoint", tree)
+    for tensor in reader.tensors if closely else ():
+        list(tensor.pieces)
+    words = _words(folder, files)
+    ties = trusted_ties(entries, words)
+    return Contents("torch distributed checkpoint", tree, words, ties)
+
+
+def _words(folder: Path, files: Files) -> dict[str, str]:
+    """What a folder of ours says of itself, as metadata of a safetensors file."""
+    if not (folder / WORDS).exists():
+        return {}
+    return {"polyak": json.dumps(read_json(inside(folder, WORDS), files))}
 
 
 def _is_path(path: object) -> bool:
@@ -212,16 +258,28 @@ class _Reader:
             raise _damaged(self.folder, f"a piece of {name!r:.80} is nowhere")
         return Chunked(
             info,
-            [self._piece(name, stored[at], TensorInfo(info.dtype, sizes[at])) for at in sizes],
+            _Pieces(
+                [
+                    self._piece(name, stored[at], TensorInfo(info.dtype, size))
+                    for at, size in sizes.items()
+                ]
+            ),
             low,
             high,
         )
 
-    def _piece(self, name: str, place: Mapping[Any, object], info: TensorInfo) -> Stored:
-        found = read_torch(*self._stretch(name, place))
-        if not isinstance(found, Stored) or found.info != info:
-            raise _damaged(self.folder, f"a piece of {name!r:.80} is not what it should be")
-        return found
+    def _piece(
+        self, name: str, place: Mapping[Any, object], info: TensorInfo
+    ) -> Callable[[], Stored]:
+        stretch = self._stretch(name, place)
+
+        def look() -> Stored:
+            found = read_torch(*stretch)
+            if not isinstance(found, Stored) or found.info != info:
+                raise _damaged(self.folder, f"a piece of {name!r:.80} is not what it should be")
+            return found
+
+        return look
 
     def _value(self, name: str, pieces: list[Piece]) -> object:
         """A value that is no tensor."""

@@ -6,9 +6,10 @@ import re
 import shutil
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -17,6 +18,10 @@ from ._atomic import folder_written_whole, written_whole
 from ._folder import _OF_TRAINING, _SIDE_FILES
 from ._safetensors import check_known, element_bytes, encoded_header
 from ._stored import TensorInfo
+from ._team import ALONE, Team
+
+# Where each tensor begins, by name, in each file.
+Offsets: TypeAlias = Mapping[Path, Mapping[str, int]]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -30,6 +35,11 @@ class _Place:
         self.descriptor, self.offset, self.info = descriptor, offset, info
         self._edges: list[int] = []  # starts and ends of what is written, in turn
 
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """The elements that are there: from, to."""
+        return list(zip(self._edges[::2], self._edges[1::2], strict=True))
+
     def note(self, start: int, stop: int) -> None:
         """Elements [start, stop) are written; those that meet become one stretch."""
         first = bisect_left(self._edges, start)
@@ -39,14 +49,14 @@ class _Place:
     @property
     def missing(self) -> int:
         """How many elements are not written."""
-        return self.info.numel - sum(self._edges[1::2]) + sum(self._edges[::2])
+        return self.info.numel - sum(stop - start for start, stop in self.stretches)
 
 
 class Writer:
     """Takes the elements of the tensors that were announced; made by `checkpoint_writer`."""
 
-    def __init__(self) -> None:
-        self._places: dict[str, _Place] = {}
+    def __init__(self, places: Mapping[str, _Place]) -> None:
+        self._places = places
         self._lock = threading.Lock()
         self._done = False
 
@@ -86,8 +96,13 @@ class Writer:
             with self._lock:
                 place.note(start, stop)
 
-    def _finish(self) -> None:
-        self._done = True
+    def _finish(self, team: Team) -> None:
+        """Raise, on all ranks, unless they have written every element together."""
+        ours = {name: place.stretches for name, place in self._places.items() if place.stretches}
+        for theirs in team.gathered(ours):
+            for name, stretches in theirs.items():
+                for start, stop in stretches:
+                    self._places[name].note(start, stop)
         missing = [name for name, place in self._places.items() if place.missing]
         if missing:
             raise ArgumentError(
@@ -106,6 +121,7 @@ def checkpoint_writer(
     aliases: Mapping[str, str] | None = None,
     side_files: Sequence[Path] = (),
     force: bool = False,
+    team: Team = ALONE,
 ) -> Iterator[Writer]:
     """Write a checkpoint whole or not at all, while its tensors are being computed.
 
@@ -122,39 +138,35 @@ def checkpoint_writer(
         aliases: names of tied tensors with the name that is written for them; noted, not written.
         side_files: copied into a folder.
         force: replace a folder that is there, if it holds weights and what belongs to them only.
+        team: who writes: every rank calls this alike, and writes some of the elements in place. An
+            error in the block of one is raised on all.
 
     Raises:
         ArgumentError: a place that cannot be used, or tensors that the format cannot hold; when
             the block ends, elements that were not written.
+        OrderError: a rank is gone.
     """
     path = Path(path)
     aliases = dict(aliases or {})
     written = {name: info for name, info in tensors.items() if name not in aliases}
-    words = _words(written, metadata, aliases)
-    check_known(written, "Choose another dtype.")
-    if max_shard_size is not None and not max_shard_size > 0:
-        raise ArgumentError(f"max_shard_size must be above 0 bytes, got {max_shard_size!r}.")
-    shards = _shards(written, max_shard_size)
-    writer = Writer()
-    if path.suffix == ".safetensors":
+
+    def announced() -> AbstractContextManager[Offsets]:
+        words = _words(written, metadata, aliases)
+        check_known(written, "Choose another dtype.")
+        if max_shard_size is not None and not max_shard_size > 0:
+            raise ArgumentError(f"max_shard_size must be above 0 bytes, got {max_shard_size!r}.")
+        shards = _shards(written, max_shard_size)
+        if path.suffix != ".safetensors":
+            return _folder_announced(path, shards, words, side_files, force)
         if len(shards) > 1:
             raise ArgumentError(
                 f"path must be a folder when one file would exceed max_shard_size="
                 f"{max_shard_size}, got {str(path)!r}. Pass a path without .safetensors."
             )
-        with written_whole(path) as temporary, _opened(writer, {temporary: written}, words):
-            yield writer
-        return
-    _check_replaceable(path, force)
-    _check_side_files(side_files)
-    with folder_written_whole(path, replace=force) as folder:
-        named = _named(shards)
-        for side in side_files:
-            shutil.copyfile(side, folder / side.name)
-        if len(named) > 1:
-            (folder / _INDEX).write_text(_index(named))
-        with _opened(writer, {folder / name: infos for name, infos in named.items()}, words):
-            yield writer
+        return _file_announced(path, written, words)
+
+    with _written(announced, written, team) as writer:
+        yield writer
 
 
 @contextmanager
@@ -163,32 +175,79 @@ def file_writer(
 ) -> Iterator[Writer]:
     """`checkpoint_writer` for one file, whatever its name ends in."""
     check_known(tensors, "Use torch.save(average.weights(), path) instead.")
-    writer = Writer()
     words = {**metadata, "format": "pt"}
-    with written_whole(path) as temporary, _opened(writer, {temporary: tensors}, words):
+    with _written(lambda: _file_announced(path, tensors, words), tensors, ALONE) as writer:
         yield writer
 
 
 @contextmanager
-def _opened(
-    writer: Writer, files: Mapping[Path, Mapping[str, TensorInfo]], words: Mapping[str, str]
-) -> Iterator[None]:
-    """Files with their headers, open for the length of the block."""
+def _written(
+    announced: Callable[[], AbstractContextManager[Offsets]],
+    tensors: Mapping[str, TensorInfo],
+    team: Team,
+) -> Iterator[Writer]:
+    """The first rank makes the files, all write into them, the first one gives them their names."""
     with ExitStack() as stack:
-        for path, infos in files.items():
-            header, offsets = encoded_header(infos, words)
-            file = stack.enter_context(path.open("wb"))
-            file.write(header)
-            file.truncate(len(header) + sum(info.nbytes for info in infos.values()))
-            file.flush()
-            for name, info in infos.items():
-                writer._places[name] = _Place(file.fileno(), offsets[name], info)
+        files = team.first(lambda: stack.enter_context(announced()))
+        with team.agreed():
+            opened = {path: stack.enter_context(path.open("r+b")) for path in files}
+            writer = Writer(
+                {
+                    name: _Place(opened[path].fileno(), offset, tensors[name])
+                    for path, offsets in files.items()
+                    for name, offset in offsets.items()
+                }
+            )
         try:
-            yield
-        except BaseException:
+            with team.agreed():
+                yield writer
+                if not team.leads:  # another host keeps what it wrote to itself until it syncs
+                    for file in opened.values():
+                        os.fsync(file.fileno())
+        finally:
             writer._done = True
-            raise
-        writer._finish()
+        writer._finish(team)
+        team.first(stack.close)
+
+
+@contextmanager
+def _file_announced(
+    path: Path, tensors: Mapping[str, TensorInfo], words: Mapping[str, str]
+) -> Iterator[Offsets]:
+    """One file of full size under a temporary name, which becomes `path` at the end."""
+    with written_whole(path) as temporary:
+        yield {temporary: _announce(temporary, tensors, words)}
+
+
+@contextmanager
+def _folder_announced(
+    path: Path,
+    shards: Sequence[Mapping[str, TensorInfo]],
+    words: Mapping[str, str],
+    side_files: Sequence[Path],
+    force: bool,
+) -> Iterator[Offsets]:
+    """The same for a folder of files of full size, with all that lies beside them."""
+    _check_replaceable(path, force)
+    _check_side_files(side_files)
+    with folder_written_whole(path, replace=force) as folder:
+        named = _named(shards)
+        for side in side_files:
+            shutil.copyfile(side, folder / side.name)
+        if len(named) > 1:
+            (folder / _INDEX).write_text(_index(named))
+        yield {folder / name: _announce(folder / name, t, words) for name, t in named.items()}
+
+
+def _announce(
+    path: Path, tensors: Mapping[str, TensorInfo], words: Mapping[str, str]
+) -> dict[str, int]:
+    """Make a file of full size that has its header; return where each tensor begins."""
+    header, offsets = encoded_header(tensors, words)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(info.nbytes for info in tensors.values()))
+    return offsets
 
 
 def _words(

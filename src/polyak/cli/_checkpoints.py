@@ -14,6 +14,7 @@ from polyak._files import open_checkpoint
 from polyak._schedules import Schedule
 
 from ._progress import bar, each
+from ._ranks import launched
 from ._tables import as_json, show_checkpoint, show_diff, show_merge, show_soup
 from ._words import (
     DtypeOption,
@@ -123,8 +124,14 @@ def merge(
     """Average checkpoint files, in a few megabytes of memory.
 
     Example: polyak merge step-*.safetensors --window 5000 -o merged.safetensors
+
+    Ranks share the work: torchrun --no-python --nproc-per-node 8 polyak merge …
     """
-    with one_line_errors(), bar("merging", quiet=quiet) as progress:
+    with (
+        one_line_errors(),
+        launched() as ranks,
+        bar("merging", quiet=quiet or not ranks.leads) as progress,
+    ):
         done = polyak.merge(
             checkpoints,
             out=out,
@@ -142,7 +149,10 @@ def merge(
             force=force,
             dry_run=dry_run,
             progress=progress,
+            group=ranks.group,
         )
+    if not ranks.leads:
+        return
     if json:
         typer.echo(as_json(done))
     else:

@@ -16,6 +16,7 @@ from polyak._posthoc import Run, open_run
 from polyak._sweep import Sweep
 
 from ._progress import bar
+from ._ranks import launched
 from ._tables import as_json
 from ._words import (
     DtypeOption,
@@ -94,17 +95,25 @@ def reconstruct(
     given = {"--sigma-rel": sigma_rel, "--half-life": half_life, "--window": window}
     if sum(value is not None for value in given.values()) != 1:
         raise typer.BadParameter("give exactly one of --sigma-rel, --half-life and --window.")
-    with one_line_errors(), bar("reconstructing", quiet=quiet) as progress:
-        run = open_run(directory)
-        (target,) = _targets(given, run, at)
-        found = run.reconstruct(target, at=at, max_error=max_error)
+    with (
+        one_line_errors(),
+        launched() as ranks,
+        bar("reconstructing", quiet=quiet or not ranks.leads) as progress,
+    ):
+        with ranks.agreed():
+            run = open_run(directory)
+            (target,) = _targets(given, run, at)
+            found = run.reconstruct(target, at=at, max_error=max_error)
         if not dry_run:
             found.save(
                 out,
                 dtype=dtype_of(dtype),
                 max_shard_size=size_of(max_shard_size),
                 progress=progress,
+                group=ranks.group,
             )
+    if not ranks.leads:
+        return
     fit = found.fit
     if json:
         typer.echo(
