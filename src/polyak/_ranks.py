@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,64 +12,32 @@ from . import _kernels as kernels
 from ._average import Averages, Uses
 from ._engine import Engine, check_undamaged
 from ._errors import ArgumentError, MatchError, OrderError
+from ._files import ALONE, Team, team_of
 from ._sharding import is_sharded, part_of, plain
 
 if TYPE_CHECKING:  # a build of torch may be without it
     from torch.distributed import ProcessGroup
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks that share out an average, or this process alone.
-
-    Args:
-        mesh: a `DeviceMesh`, or None.
-        device: where a flag that all of them see is kept.
-    """
-
-    mesh: Any = None
-    device: str = "cpu"
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the one that does what only one may do."""
-        return self.mesh is None or not any(self.mesh.get_coordinate())
-
-    def settle(self, error: BaseException | None, action: str) -> None:
-        """Raise on every rank when one of them has failed; all must call it.
-
-        Raises:
-            BaseException: `error`, on the rank that has one.
-            OrderError: on the others.
-        """
-        if self.mesh is not None and not self._is_none(error) and error is None:
-            raise OrderError(
-                f"{action} must succeed on every rank, got an error on another one: read its "
-                "message. Nothing was written."
-            )
-        if error is not None:
-            raise error
-
-    def _is_none(self, error: BaseException | None) -> bool:
-        """Whether no rank has an error."""
-        from torch.distributed.tensor import DTensor, Partial
-
-        flag = torch.tensor(0 if error is None else 1, device=self.device)
-        failed = DTensor.from_local(flag, self.mesh, [Partial("max")] * self.mesh.ndim)
-        return not int(plain(failed.full_tensor()))
-
-
-def ranks_of(engine: Engine) -> Ranks:
-    """The ranks over which an average is spread; of several meshes the largest.
+def mesh_of(engine: Engine) -> Any:
+    """The `DeviceMesh` over which an average is spread, of several the largest; None if it is not.
 
     Replicas of a mesh (tensor parallelism with data parallelism around it) know nothing of each
     other here.
     """
     spread = [tensor for tensor in engine.rows[0].tensors if is_sharded(tensor)]
-    if not spread:
-        return Ranks()
-    widest = max(spread, key=lambda tensor: tensor.device_mesh.size())  # type: ignore[attr-defined]
-    return Ranks(widest.device_mesh, str(plain(widest).device))  # type: ignore[attr-defined]
+    meshes = [tensor.device_mesh for tensor in spread]  # type: ignore[attr-defined]
+    return max(meshes, key=lambda mesh: mesh.size(), default=None)
+
+
+def team_of_average(engine: Engine) -> Team:
+    """The ranks over which an average is spread, or this process alone."""
+    mesh = mesh_of(engine)
+    if mesh is None:
+        return ALONE
+    if mesh.size() == dist.get_world_size():
+        return team_of()
+    return team_of((mesh if mesh.ndim == 1 else mesh._flatten()).get_group())
 
 
 def check_ranks(average: Uses | Averages, *, group: "ProcessGroup | None" = None) -> None:

@@ -14,7 +14,7 @@ from ._average import Uses, check_is_average
 from ._engine import Engine
 from ._errors import ArgumentError
 from ._files import TensorInfo, Writer, file_writer, open_checkpoint
-from ._ranks import ranks_of
+from ._ranks import team_of_average
 from ._roles import take_inventory
 from ._version import version_of_polyak
 from ._weights import check_all_fit, dtype_in, gathered_set, load_into
@@ -48,7 +48,7 @@ def save(
 
     Raises:
         ArgumentError: no such folder; a dtype that safetensors or the values do not fit.
-        OrderError: another rank failed.
+        OrderError: another rank is gone.
 
     Examples:
         >>> import polyak, tempfile
@@ -72,17 +72,14 @@ def save(
     # Other readers look for {dropped name: kept name} beside our entry, which comes last: a weight
     # may be called "polyak".
     words = {**dropped, "polyak": json.dumps(about)}
-    ranks = ranks_of(engine)
-    error: Exception | None = None
+    team = team_of_average(engine)
     with ExitStack() as stack:
         writer: Writer | None = None
-        try:
+        with team.agreed():
             check_all_fit(engine, row, dtype)
-            if ranks.leads:
+            if team.leads:
                 writer = stack.enter_context(file_writer(Path(path), infos, words))
-        except Exception as raised:
-            error = raised
-        ranks.settle(error, "save")
+        error: Exception | None = None
         for names, value in gathered_set(engine, row, dtype):
             if writer is not None and error is None:
                 try:  # the others count on this rank for every tensor that is still to come
@@ -90,12 +87,10 @@ def save(
                         writer.write(name, 0, value.reshape(-1))
                 except Exception as raised:
                     error = raised
-        ranks.settle(error, "save")
-        try:
+        with team.agreed():
+            if error is not None:
+                raise error
             stack.close()  # synced and renamed
-        except Exception as raised:
-            error = raised
-        ranks.settle(error, "save")
 
 
 def _announced(
