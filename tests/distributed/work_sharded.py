@@ -108,7 +108,7 @@ def is_spread_like_the_model(layout: str) -> dict[str, tuple[int, ...]]:
         assert (tensor.shape, tensor.stride()) == (live[name].shape, live[name].stride()), name
         assert mine(tensor).shape == mine(live[name]).shape, name
         held = mine(tensor).untyped_storage().nbytes()  # ordinary ones share a row
-            assert held == 4 * mine(tensor).numel() or not isinstance(tensor, DTensor), name
+        assert held == 4 * mine(tensor).numel() or not isinstance(tensor, DTensor), name
     return {name: tuple(mine(tensor).shape) for name, tensor in average.tensors.items()}
 
 
