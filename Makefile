@@ -20,7 +20,7 @@ study: $(READY) ## Does averaging help? 3 seeds of a regression, then a short di
 	$(BIN)/polyak study digits --short --seeds 3 --jobs 2 --out study-digits --force
 
 test: $(READY) ## All tests, doctests included
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 check: $(READY) ## What CI runs: format, lint, types, tests, docs
 	$(BIN)/ruff format --check .
@@ -44,7 +44,7 @@ $(ENCODER): $(READY)
 	@touch $@
 
 prove: $(ENCODER) ## Long proofs: kills while saving, hostile files, thousands of events, a real encoder souped
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m prove
+	$(BIN)/python -m pytest -n 2 -m prove
 
 study-docs: $(READY) ## The committed study results of docs/: about a quarter of an hour on 2 cores
 	$(BIN)/polyak study regression --seeds 10 --jobs 2 --out docs/studies/regression --force
@@ -81,8 +81,12 @@ $(BENCH_READY): requirements/lock.txt benchmarks/requirements.txt
 		--no-deps --requirement benchmarks/requirements.txt
 	@touch $@
 
-bench: $(BENCH_READY) ## Merging 8 and 32 checkpoints beside the plain script and mergekit: time and memory
-	PYTHONPATH=src .venv-bench/bin/python benchmarks/merge.py
+bench: $(BENCH_READY) ## Updates beside six libraries, shards on 2 ranks, merging beside mergekit: time and memory
+	PYTHONPATH=src .venv-bench/bin/python benchmarks/updates.py; updates=$$?; \
+	PYTHONPATH=src .venv-bench/bin/python benchmarks/scale.py; scale=$$?; \
+	PYTHONPATH=src .venv-bench/bin/python benchmarks/costs.py; \
+	PYTHONPATH=src .venv-bench/bin/python benchmarks/merge.py; merge=$$?; \
+	exit $$((updates + scale + merge)) # all of them run, whichever promise is broken
 
 clean: ## Remove what the targets made
 	rm -rf .venv .venv-regressions .venv-bench site .pytest_cache .mypy_cache .ruff_cache study-regression study-digits

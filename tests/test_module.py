@@ -135,6 +135,7 @@ def test_module_costs_no_memory_where_it_can_share() -> None:
     """Neither when it is made nor at an update: every weight is the average's own."""
     model = mlp()
     average = polyak.Average(model, HALF)
+    step(model, average)  # makes the scratch that is kept
     with Snags() as plain:
         step(model, average)
 

@@ -12,6 +12,7 @@ from ._engine import Engine, Loan, check_fits, count_holders, version_of
 from ._errors import OrderError
 from ._roles import Entry
 from ._sharding import (
+    agreed,
     is_gathered,
     is_sharded,
     local,
@@ -42,10 +43,11 @@ def applied(engine: Engine, row: int = 0) -> Iterator[None]:
             a parameter was changed inside the block. The trained weights are back before that is
             raised.
     """
-    engine.check_not_lent("applied")
-    _check_module_known(engine)
-    reshard(engine.inventory.model)
-    lender = _Lender(engine, row)
+    with agreed(engine.gathered(row), "applied"):  # or the others would wait for this rank
+        engine.check_not_lent("applied")
+        _check_module_known(engine)
+        reshard(engine.inventory.model)
+        lender = _Lender(engine, row)
     try:
         lender.give()
         yield
@@ -87,7 +89,10 @@ class _Lender:
         self.changed: list[str] = []  # parameters that somebody else wrote, replaced or moved
         averages = engine.values(row)
         engine.drop_plans()  # their views would count as somebody looking
-        holders = engine.rows[row].holders
+        # A view that was handed out must go on showing the average, so its memory stays put. Asked
+        # of all before we make views of our own: small averages share memory.
+        holders = zip(averages, engine.rows[row].holders, strict=True)
+        alone = [count_holders(average) == before != -1 for average, before in holders]
         norms = engine.rows[row].norms
         self._parameters: list[_Live] = []
         self._buffers: list[_Live] = []
@@ -106,11 +111,9 @@ class _Lender:
             assert average is not None
             assert slot is not None
             self._parameters.append(live)
-            # A view that was handed out must go on showing the average, so its memory stays put.
-            alone = count_holders(average) == holders[slot] != -1
             stored = plain(average)
             whole_here = engine.parts[slot] is None or is_sharded(live.tensor)
-            if alone and whole_here and kernels.can_exchange(live.data, stored):
+            if alone[slot] and whole_here and kernels.can_exchange(live.data, stored):
                 swapped.append((live.data, stored))
                 live.swapped = True
             else:
@@ -142,7 +145,7 @@ class _Lender:
         self._lent = kernels.fingerprints([p.data for p in self._parameters if p.swapped])
         for live, average in self._copies:
             if average is not None:
-                kernels.write_(live.data, piece_for(average, live.tensor))
+                kernels.write_(live.data, piece_for(average, live.tensor, live.data.dtype))
 
     def take_back(self) -> None:
         """Restore every bit; what interrupts that waits until it is done.

@@ -156,12 +156,6 @@ class Uses:
             ('Linear', False, False)
         """
         self._ready("module")
-        if self._engine.is_spread:
-            raise ArgumentError(
-                "module() must be asked of an average that this rank holds whole, got one that is "
-                "spread over ranks. Build the second module as the first was built (fully_shard "
-                "and all), and call copy_to(second) after each update."
-            )
         return averaged_module(
             self._engine,
             self._row,

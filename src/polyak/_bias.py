@@ -9,6 +9,7 @@ from torch import Tensor
 from ._average import Uses, check_is_average
 from ._engine import check_fits, kind
 from ._errors import ArgumentError, MatchError
+from ._sharding import piece_for, plain
 
 
 @torch.no_grad()
@@ -85,16 +86,16 @@ def bias_corrected(
         live = entry.live() if engine.loan is None else engine.loan.live[entry.name]
         before = start[entry.name]
         _check_like(before, live, entry.name)
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        way = live.to(tensor.device, wide) - before.to(tensor.device, wide)
-        moved = tensor.to(wide) + share * way
-        if not bool((moved.isfinite() | ~tensor.isfinite()).all()):
+        here, wide = piece_for(tensor, live), torch.promote_types(tensor.dtype, torch.float32)
+        live_now, then = (t.to(here.device, wide) for t in (plain(live), piece_for(before, live)))
+        moved = here.to(wide) + share * (live_now - then)
+        if not bool((moved.isfinite() | ~here.isfinite()).all()):
             raise ArgumentError(
                 f"start and live weights must be finite, got NaN or inf in {entry.name!r}. "
                 "Use average.weights(), which keeps them out."
             )
         check_fits(moved, result[entry.name].dtype, entry.name)
-        result[entry.name].copy_(moved)
+        plain(result[entry.name]).copy_(moved)
     return result
 
 

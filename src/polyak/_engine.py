@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import is_
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -34,7 +35,6 @@ from ._sharding import (
 if TYPE_CHECKING:  # a build of torch may be without it
     from torch.distributed import ProcessGroup
 
-Place = tuple[int, torch.Size, tuple[int, ...]]
 NonFinite = Literal["skip", "raise", "ignore"]
 Rounding = Literal["nearest", "stochastic"]
 
@@ -137,6 +137,41 @@ class Doubt:
         return self.skip.read() != 0.0
 
 
+class _Plans:
+    """What the kernels work on, and where the live tensors lay when it was made.
+
+    Args:
+        live: the live tensors, [slots].
+        plans: slots, and the plan for them.
+    """
+
+    def __init__(
+        self, live: Sequence[Tensor], plans: list[tuple[list[int], kernels.MixPlan]]
+    ) -> None:
+        self.plans = plans
+        self._live = live
+        # A cast or move in place, or another `.data`, swaps the memory behind the same parameter.
+        # While our views keep the old memory alive, the new one has another address.
+        self._views = [plain(tensor) for tensor in live]
+        self._is_sharded = any(is_sharded(tensor) for tensor in live)
+
+    def is_where_it_was(self, entries: Sequence[Entry]) -> bool:
+        """Whether the live tensors are the same, in the same memory, shape and order.
+
+        Asked at every update, for a thousand tensors too: so by maps, without a loop in Python.
+        """
+        shown = [entry.owner.get(entry.key) for entry in entries]
+        live = self._live
+        if not all(map(is_, shown, live)):  # another buffer, or FSDP2 shows whole parameters
+            live = [local(entry.live()) for entry in entries]
+        elif self._is_sharded:
+            live = [local(tensor) for tensor in live]
+        try:
+            return all(map(Tensor.is_set_to, live, self._views))
+        except NotImplementedError:  # a device for which torch does not say
+            return list(map(place_of, live)) == list(map(place_of, self._views))
+
+
 class Engine:
     """Live tensors in slots, K averages of them, one clock, and K schedules.
 
@@ -194,19 +229,26 @@ class Engine:
         self._watched_updates = self._watched_steps = 0
         self._device = None if device is None else check_device(device)
         self._dtype = dtype
+        if self._device is not None and (
+            shard is not None or any(is_sharded(entry.live()) for entry in self.entries)
+        ):
+            raise ArgumentError(
+                f"device must be left out where ranks share out the average, got {device!r}: its "
+                "parts stay beside those of the model."
+            )
         self._mesh = None if shard is None else mesh_of(shard, self.entries[0].live().device)
         self.rows = [Row(s, [], [], Memory(), {}) for s in schedules]
         self._start_clock(check_time(now))
         live = [entry.live() for entry in self.entries]
         for row in self.rows:
-            row.tensors = [
-                self._allocate(tensor, entry)
-                for tensor, entry in zip(live, self.entries, strict=True)
-            ]
+            row.tensors = self._placed(
+                [self._allocate(t, entry) for t, entry in zip(live, self.entries, strict=True)]
+            )
             row.holders = [count_holders(tensor) for tensor in row.tensors]
         self.parts = [part_of(tensor) for tensor in self.rows[0].tensors]
         self.is_spread = any(part is not None for part in self.parts)
         self._dtypes = {tensor.dtype for tensor in self.rows[0].tensors}
+        self._least_share = max(map(unit_roundoff, self._dtypes))  # below it some storage may stall
         self.copy_live()
 
     # ── the clock ────────────────────────────────────────────────────────────────────────────────
@@ -229,11 +271,14 @@ class Engine:
 
         While optimizers are followed, one more is what their steps have made of it.
         """
-        self.settle()
-        if now is None:
-            # Steps that a follower saw count, also after it was removed.
-            now = self.now + max(1, self.steps) if self.follower is None else self.follower.time()
-        now = check_time(now)
+        if self._doubts:
+            self.settle()
+        if now is not None:
+            now = check_time(now)
+        elif self.follower is not None:
+            now = check_time(self.follower.time())
+        else:  # steps that a follower saw count, also after it was removed
+            now = self.now + max(1, self.steps)
         if not now > self.now:
             raise OrderError(
                 f"now must be above {show_time(self.now)} (the last update), got {show_time(now)}. "
@@ -259,8 +304,10 @@ class Engine:
             check_decay(row.schedule(now=now - self.origin, elapsed=elapsed), row.schedule)
             for row in self.rows
         ]
-        self._check_expressible(decays, elapsed)
-        self.check_finite(self.rows)
+        if not self.updates:
+            self._check_expressible(elapsed)
+        if self.nonfinite == "raise":
+            self.check_finite(self.rows)
         for row in self.rows:  # an interrupt from here on leaves some tensors moved, some not
             row.damage = "an update was interrupted half-way"
         doubt = None if skip is None else self._doubt(skip)
@@ -273,26 +320,29 @@ class Engine:
             self._doubts.append(doubt)
         for row in self.rows:
             row.damage = ""
-        self.show()
+        if self.views:
+            self.show()
         for watch in list(self.watchers.values()):
             watch()
-        self._warn_if_stalled(decays)  # last: a warning may be an error
+        if 1.0 - max(decays) < self._least_share:
+            self._warn_of_stall(decays)  # last: a warning may be an error
         return decays
 
     def check_may_update(self) -> None:
         """Refuse an update of lent or damaged averages, or from live weights that are lent."""
         self.check_not_lent("update")
         for row in self.rows:
-            check_undamaged(row)
+            if row.damage:
+                check_undamaged(row)
         self._follow_live()
-        self.check_shown()
+        if self.views:
+            self.check_shown()
 
     def check_shown(self) -> None:
         """Where a module shows all of the live model, raise `MatchError` unless all is there."""
-        if self.views:
-            for entry in self.inventory.entries:
-                if not entry.is_gone():
-                    entry.live()
+        for entry in self.inventory.entries if self.views else ():
+            if not entry.is_gone():
+                entry.live()
 
     def check_finite(self, rows: Sequence[Row]) -> None:
         """Raise `ArgumentError` where `fold` would hold elements back, if that was asked for."""
@@ -314,9 +364,9 @@ class Engine:
         self, weights: Sequence[float], rows: Sequence[Row], skip: Tensor | None = None
     ) -> None:
         """Mix the live tensors into `rows`, under the guard against NaN and inf."""
+        guard = self.nonfinite != "ignore"
         for slots, plan in self._plans(rows):
-            keys = self._rounding_keys(slots)
-            guard = self.nonfinite != "ignore"
+            keys = None if self.rounding == "nearest" else self._rounding_keys(slots)
             counts = plan.mix_(weights, guard=guard, keys=keys, skip=skip)
             for slot, count in counts.items():
                 name = self.entries[slots[slot]].name
@@ -389,6 +439,10 @@ class Engine:
         if self.loan is not None and self.loan.row == row:
             return self.loan.tensors
         return self.rows[row].tensors
+
+    def gathered(self, row: int) -> list[Tensor]:
+        """What its uses must gather from other ranks: the shares of a model that is whole here."""
+        return [] if self._mesh is None else self.rows[row].tensors
 
     def check_live(self) -> None:
         """Raise `MatchError` where a live tensor no longer fits its average."""
@@ -478,7 +532,7 @@ class Engine:
 
     def drop_plans(self) -> None:
         """Let go of all views into averages, so that references to their memory can be counted."""
-        self._cached: tuple[list[Place], list[tuple[list[int], kernels.MixPlan]]] | None = None
+        self._cached: _Plans | None = None
 
     def set_clock(
         self, origin: float, now: float, updates: int, steps: int, history: History
@@ -516,6 +570,16 @@ class Engine:
             )
             return spread_like(average, live)
 
+    def _placed(self, averages: list[Tensor]) -> list[Tensor]:
+        """The same averages, small ones in common rows of memory; shards stay on their own."""
+        with torch.inference_mode(False):
+            whole = [slot for slot, tensor in enumerate(averages) if not is_sharded(tensor)]
+            for slot, tensor in zip(
+                whole, kernels.side_by_side([averages[slot] for slot in whole]), strict=True
+            ):
+                averages[slot] = tensor
+        return averages
+
     def live_memory(self) -> frozenset[int]:
         """Addresses of the memory that the averaged live tensors lie in."""
         return memory_of(entry.live() for entry in self.entries)
@@ -534,15 +598,11 @@ class Engine:
         self.drop_plans()
 
     def _follow_live(self) -> None:
-        """Notice live tensors that were moved, cast or replaced since the last update.
-
-        A cast or move in place swaps the memory behind the same parameter: that is followed. While
-        our views keep the old memory alive, new memory has a new address, so addresses are enough.
-        """
+        """Notice live tensors that were moved, cast or replaced since the last update."""
         self.inventory.follow_modules()
-        live = [entry.live() for entry in self.entries]
-        if self._cached is not None and self._places(live) == self._cached[0]:
+        if self._cached is not None and self._cached.is_where_it_was(self.entries):
             return
+        live = [entry.live() for entry in self.entries]
         self.check_live()
         if self.live_memory() & memory_of(tensor for row in self.rows for tensor in row.tensors):
             raise MatchError(
@@ -552,22 +612,28 @@ class Engine:
         self.drop_plans()
         if self._device is None:
             for row in self.rows:
-                for slot, tensor in enumerate(live):
-                    average = row.tensors[slot]
-                    if average.device != tensor.device:
-                        moved = plain(average).to(tensor.device)
-                        row.tensors[slot] = spread_like(moved, average)
-                        row.holders[slot] = count_holders(row.tensors[slot])
+                self._move(row, live)
 
-    def _places(self, live: Sequence[Tensor]) -> list[Place]:
-        if self.is_spread:
-            live = [local(tensor) for tensor in live]
-        return [place_of(tensor) for tensor in live]
+    def _move(self, row: Row, live: Sequence[Tensor]) -> None:
+        """Take the averages of `row` to where the live tensors are."""
+        pairs = list(zip(row.tensors, live, strict=True))
+        slots = [slot for slot, (average, t) in enumerate(pairs) if average.device != t.device]
+        moved = self._placed(
+            [
+                spread_like(plain(row.tensors[slot]).to(live[slot].device), row.tensors[slot])
+                for slot in slots
+            ]
+        )
+        for slot, average in zip(slots, moved, strict=True):
+            row.tensors[slot] = average
+        del moved
+        for slot in slots:
+            row.holders[slot] = count_holders(row.tensors[slot])
 
     def _plans(self, rows: Sequence[Row]) -> list[tuple[list[int], kernels.MixPlan]]:
         """Slots grouped by device and storage dtype, with the views that the kernels work on."""
         if rows is self.rows and self._cached is not None:
-            return self._cached[1]
+            return self._cached.plans
         live = self.live_pieces()
         stored = [[plain(tensor) for tensor in row.tensors] for row in rows]
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -586,12 +652,10 @@ class Engine:
             for slots in groups.values()
         ]
         if rows is self.rows:
-            self._cached = (self._places([entry.live() for entry in self.entries]), plans)
+            self._cached = _Plans([entry.live() for entry in self.entries], plans)
         return plans
 
-    def _rounding_keys(self, slots: Sequence[int]) -> list[int] | None:
-        if self.rounding == "nearest":
-            return None
+    def _rounding_keys(self, slots: Sequence[int]) -> list[int]:
         update = self.updates + 1
         return [kernels.stream_key(self.seed, self.entries[slot].name, update) for slot in slots]
 
@@ -611,10 +675,8 @@ class Engine:
         """Stochastic rounding moves the mean by however little; float64 is rounded to nearest."""
         return self.rounding == "stochastic" and dtype not in (torch.float64, torch.complex128)
 
-    def _check_expressible(self, decays: Sequence[float], elapsed: float) -> None:
+    def _check_expressible(self, elapsed: float) -> None:
         """Refuse, before the first update, a constant decay that the storage cannot express."""
-        if self.updates:
-            return
         for row in self.rows:
             per_unit = constant_decay(row.schedule)
             if per_unit is None or per_unit in (0.0, 1.0):
@@ -629,7 +691,7 @@ class Engine:
                         'or use rounding="stochastic".'
                     )
 
-    def _warn_if_stalled(self, decays: Sequence[float]) -> None:
+    def _warn_of_stall(self, decays: Sequence[float]) -> None:
         for index, (row, decay) in enumerate(zip(self.rows, decays, strict=True)):
             if decay == 1.0:
                 continue
@@ -675,6 +737,8 @@ def _is_ours(frame: FrameType) -> bool:
 
 def check_time(now: object, name: str = "now") -> float:
     """`now` as a plain finite number, whole ones kept whole."""
+    if type(now) is int:
+        return now
     if isinstance(now, bool) or not isinstance(now, numbers.Real) or not math.isfinite(now):
         raise ArgumentError(f"{name} must be a finite number, got {now!r}.")
     return int(now) if isinstance(now, numbers.Integral) else float(now)
@@ -721,7 +785,8 @@ def check_device(device: torch.device | str) -> torch.device:
 
 def check_decay(decay: object, schedule: Schedule) -> float:
     """The share of the old average that survives, in [0, 1]."""
-    value = float(decay) if isinstance(decay, numbers.Real) else math.nan
+    is_number = type(decay) is float or isinstance(decay, numbers.Real)
+    value = float(decay) if is_number else math.nan  # type: ignore[arg-type]
     if not 0.0 <= value <= 1.0:
         raise ArgumentError(f"decay must be in [0, 1], got {decay!r} from {schedule!r}.")
     return value
@@ -763,7 +828,7 @@ def kind(tensor: Tensor) -> str:
     return "boolean" if tensor.dtype == torch.bool else "integer"
 
 
-def place_of(tensor: Tensor) -> Place:
+def place_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     """Where the elements lie: the address, and how to walk from there."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 

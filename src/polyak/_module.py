@@ -12,7 +12,7 @@ from ._engine import Engine, check_dtype, check_fits, check_undamaged
 from ._errors import ArgumentError, OrderError
 from ._pairing import Names, pair
 from ._roles import Entry, Inventory, bare, may_hold_anything, take_inventory, walk
-from ._sharding import plain
+from ._sharding import is_sharded, plain
 from ._weights import value_of
 
 
@@ -46,6 +46,13 @@ def averaged_module(
         raise OrderError(
             "module must come outside applied() of the same average, got it inside: the average's "
             "memory holds the trained weights there. Call module() before the block."
+        )
+    if any(is_sharded(tensor) for tensor in engine.rows[row].tensors):
+        raise ArgumentError(
+            "a second module must be that of an average which this rank holds whole, got one that "
+            "is spread over ranks. Lend the average with polyak.Average(model) and applied(), or "
+            "build a second module as the first was built (fully_shard and all) and call "
+            "copy_to(second) after each update."
         )
     if dtype is not None:
         check_dtype(dtype)

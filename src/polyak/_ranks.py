@@ -10,10 +10,10 @@ from torch import Tensor
 
 from . import _kernels as kernels
 from ._average import Averages, Uses
-from ._engine import Engine, check_undamaged
-from ._errors import ArgumentError, MatchError, OrderError
-from ._files import ALONE, Team, team_of
+from ._engine import Engine, Row, check_undamaged
+from ._errors import ArgumentError, AveragingError, MatchError, OrderError
 from ._sharding import is_sharded, part_of, plain
+from ._window import Window
 
 if TYPE_CHECKING:  # a build of torch may be without it
     from torch.distributed import ProcessGroup
@@ -30,14 +30,10 @@ def mesh_of(engine: Engine) -> Any:
     return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
 
-def team_of_average(engine: Engine) -> Team:
-    """The ranks over which an average is spread, or this process alone."""
-    mesh = mesh_of(engine)
-    if mesh is None:
-        return ALONE
-    if mesh.size() == dist.get_world_size():
-        return team_of()
-    return team_of((mesh if mesh.ndim == 1 else mesh._flatten()).get_group())
+def leads_in(mesh: Any) -> bool:
+    """Whether this rank is the one of a mesh that does what only one may do."""
+    place = None if mesh is None else mesh.get_coordinate()
+    return mesh is None or (place is not None and not any(place))
 
 
 def check_ranks(average: Uses | Averages, *, group: "ProcessGroup | None" = None) -> None:
@@ -58,22 +54,29 @@ def check_ranks(average: Uses | Averages, *, group: "ProcessGroup | None" = None
             holds them.
         OrderError: torch.distributed is not initialised; inside `applied()`.
     """
-    engine = _engine_of(average)
-    _check_initialised("check_ranks")
-    engine.settle()
-    engine.check_not_lent("check_ranks")
-    mine = (engine.now, engine.updates), _checksums(engine)
-    everyone: list[Any] = [None] * dist.get_world_size(group)
+    ranks = _ranks_in(group, "check_ranks")
+    mine: Any = None
+    try:
+        engine, rows = _rows_of(average, "check_ranks")
+        mine = (engine.now, engine.updates), _checksums(engine, rows)
+    except AveragingError as error:  # the others must hear of it, not wait
+        mine = error
+    everyone: list[Any] = [None] * len(ranks)
     dist.all_gather_object(everyone, mine, group=group)
+    if isinstance(mine, AveragingError):
+        raise mine
+    for rank, theirs in zip(ranks, everyone, strict=True):
+        if isinstance(theirs, AveragingError):
+            raise MatchError(f"ranks must hold the same values, got on rank {rank}: {theirs}")
     clocks = [clock for clock, _ in everyone]
     if len(set(clocks)) > 1:
         raise MatchError(
             f"ranks must have the same clock, got (now, updates) = {sorted(set(clocks))}. "
             "Call update on every rank after every step."
         )
-    found = _differences([sums for _, sums in everyone])
+    found = _differences(ranks, [sums for _, sums in everyone])
     if found:
-        some = "; ".join(f"{what} on ranks {ranks}" for what, ranks in list(found.items())[:3])
+        some = "; ".join(f"{what} on ranks {where}" for what, where in list(found.items())[:3])
         raise MatchError(
             f"ranks must hold the same values, got {len(found)} tensors that differ: {some}. "
             "Build the average after the replicas are equal (after DDP is wrapped around the "
@@ -81,12 +84,14 @@ def check_ranks(average: Uses | Averages, *, group: "ProcessGroup | None" = None
         )
 
 
-def _checksums(engine: Engine) -> dict[tuple[str, str, tuple[int, ...]], bytes]:
+def _checksums(
+    engine: Engine, rows: Sequence[Row]
+) -> dict[tuple[str, str, tuple[int, ...]], bytes]:
     """A short hash of what this rank holds, by kind, name and place."""
     found = {}
-    rows = {f"average {i}": engine.values(i) for i in range(len(engine.rows))}
-    live = [entry.live() for entry in engine.entries]
-    for kind, tensors in {"live": live, **rows}.items():
+    held_by = {"live": [entry.live() for entry in engine.entries]}
+    held_by |= {f"average {index}": row.tensors for index, row in enumerate(rows)}
+    for kind, tensors in held_by.items():
         for entry, tensor in zip(engine.entries, tensors, strict=True):
             held = plain(tensor)
             if entry.kind == "buffer" or held.numel() == 0:
@@ -99,12 +104,13 @@ def _checksums(engine: Engine) -> dict[tuple[str, str, tuple[int, ...]], bytes]:
 
 
 def _differences(
+    ranks: Sequence[int],
     everyone: Sequence[Mapping[tuple[str, str, tuple[int, ...]], bytes]],
 ) -> dict[str, list[int]]:
     """The ranks whose values are not those of the first rank that has them, by tensor."""
     first: dict[tuple[str, str, tuple[int, ...]], bytes] = {}
     found: dict[str, list[int]] = {}
-    for rank, sums in enumerate(everyone):
+    for rank, sums in zip(ranks, everyone, strict=True):
         for key, digest in sums.items():
             if first.setdefault(key, digest) != digest:
                 kind, name, _ = key
@@ -132,28 +138,27 @@ def reduce_buffers(average: Uses | Averages, *, group: "ProcessGroup | None" = N
     Raises:
         OrderError: torch.distributed is not initialised; inside `applied()`; a lost average.
     """
-    engine = _engine_of(average)
-    _check_initialised("reduce_buffers")
-    engine.check_not_lent("reduce_buffers")
-    rows = range(len(engine.rows)) if isinstance(average, Averages) else [average._row]
-    names: list[str] = []
-    for index in rows:
-        row = engine.rows[index]
-        check_undamaged(row)
+    _ranks_in(group, "reduce_buffers")
+    engine, rows = _rows_of(average, "reduce_buffers")
+    names: set[str] = set()
+    for row in rows:
         buffers = {
             entry.name: plain(tensor)
             for entry, tensor in zip(engine.entries, row.tensors, strict=True)
             if entry.kind == "buffer" and not is_sharded(tensor)
         }
-        _pool({**buffers, **row.norms}, group)
-        names = list(buffers)
+        for kept in (buffers, row.norms):
+            names |= _pool(kept, group)
+    if isinstance(average, Window):
+        average._stale = True  # the mean of what was just pooled
     engine.show()
-    return names
+    return sorted(names)
 
 
-def _pool(buffers: Mapping[str, Tensor], group: "ProcessGroup | None") -> None:
-    """Set floating buffers to those of all ranks; means before variances."""
+def _pool(buffers: Mapping[str, Tensor], group: "ProcessGroup | None") -> set[str]:
+    """Set floating buffers to those of all ranks; return their names."""
     count = dist.get_world_size(group)
+    done: set[str] = set()
     spreads: dict[str, Tensor] = {}  # by how much the ranks' means differ from each other, squared
     for name, tensor in sorted(buffers.items()):  # running_mean comes before running_var
         if not tensor.is_floating_point():
@@ -166,6 +171,8 @@ def _pool(buffers: Mapping[str, Tensor], group: "ProcessGroup | None") -> None:
         elif kind == "running_var" and owner in spreads:
             mean += spreads[owner]
         tensor.copy_(mean)
+        done.add(name)
+    return done
 
 
 def _mean(tensor: Tensor, count: int, group: "ProcessGroup | None") -> Tensor:
@@ -174,15 +181,34 @@ def _mean(tensor: Tensor, count: int, group: "ProcessGroup | None") -> Tensor:
     return total / count
 
 
-def _engine_of(average: object) -> Engine:
+def _rows_of(average: object, action: str) -> tuple[Engine, list[Row]]:
+    """An engine and all that it keeps for an average, up to date and not in use."""
     if not isinstance(average, Uses | Averages):
         raise ArgumentError(f"average must be one of polyak's, got {type(average).__name__}.")
-    return average._engine
+    engine = average._engine
+    engine.settle()
+    engine.check_not_lent(action)
+    if isinstance(average, Averages):
+        rows = engine.rows
+    else:
+        average._refresh()
+        captured = average._ring if isinstance(average, Window) else []
+        rows = [engine.rows[average._row], *captured]
+    for row in rows:
+        check_undamaged(row)
+    return engine, rows
 
 
-def _check_initialised(action: str) -> None:
+def _ranks_in(group: "ProcessGroup | None", action: str) -> list[int]:
+    """The ranks of a group that this one is in, as all ranks are counted."""
     if not (dist.is_available() and dist.is_initialized()):
         raise OrderError(
             f"{action} must come after torch.distributed.init_process_group, got no process group. "
             "On one process there is nothing to compare."
         )
+    if dist.get_rank(group) < 0:
+        raise ArgumentError(
+            f"group must be one that this rank is in, got rank {dist.get_rank()} outside of it. "
+            f"Call {action} on the ranks of the group only."
+        )
+    return list(dist.get_process_group_ranks(group))

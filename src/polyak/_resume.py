@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._average import Average, Averages
 from ._errors import ArgumentError, MatchError
-from ._files import Boxed, Later, open_contents
+from ._files import Boxed, Later, Unreadable, open_contents
 from ._sharding import part_of, piece_for
 from ._state import OnLive, OnMismatch, OnSchedule
 from ._window import Window
@@ -123,6 +123,12 @@ def _with_places(value: Any, sources: dict[int, Boxed]) -> Any:
         return inner
     if isinstance(value, list):
         return [_with_places(item, sources) for item in value]
+    if isinstance(value, Unreadable):
+        raise ArgumentError(
+            f"the state must be of tensors and plain values, got {value.what}. {value.remedy} (A "
+            "DTensor in a file of torch.save is one rank's part: save sharded states with "
+            "torch.distributed.checkpoint.)"
+        )
     if hasattr(value, "info") and hasattr(value, "box"):
         stand_in = torch.empty(value.info.shape, dtype=value.info.dtype, device="meta")
         sources[id(stand_in)] = value

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ._errors import ArgumentError, MatchError, OrderError
-from ._sharding import check_can_be_cut, fsdp_parameters, is_gathered, local
+from ._sharding import check_can_be_cut, fsdp_parameters, is_gathered, is_gathered_somewhere, local
 
 Role = Literal["average", "live"]
 Kind = Literal["parameter", "buffer", "tensor"]
@@ -72,7 +72,29 @@ class Entry:
         return tensor
 
 
-_Link = tuple[nn.Module, dict[str, nn.Module | None], int]  # its children, how many tensors
+@dataclass(frozen=True, eq=False)
+class _Tree:
+    """The modules of a model as they were at the last look: their own dicts, and what was in them.
+
+    Compared as lists, which is how a thousand modules cost no more than some ten microseconds.
+    """
+
+    children: list[dict[str, nn.Module | None]]
+    seen: list[dict[str, nn.Module | None]]
+    tensors: Sequence[Mapping[str, Tensor | None]]  # parameters and buffers
+    counts: list[int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Tree":
+        """The tree of `model` as it is now."""
+        modules = {id(module): module for _, module in walk(model)}.values()
+        children = [module._modules for module in modules]
+        tensors = [owner for module in modules for owner in (module._parameters, module._buffers)]
+        return cls(children, list(map(dict, children)), tensors, list(map(len, tensors)))
+
+    def has_changed(self) -> bool:
+        """Whether a module was exchanged, or has grown."""
+        return self.children != self.seen or list(map(len, self.tensors)) != self.counts
 
 
 @dataclass(eq=False)
@@ -83,7 +105,7 @@ class Inventory:
     order: tuple[tuple[str, int], ...]  # (name, index of its entry), ties more than once
     model: nn.Module | None = None
     extras: tuple[tuple[str, nn.Module], ...] = ()  # (name, module) of `get_extra_state`
-    links: list[_Link] = field(default_factory=list)
+    tree: _Tree | None = None
     index: Mapping[str, int] = field(init=False)  # every name, aliases too -> entry
 
     def __post_init__(self) -> None:
@@ -100,12 +122,8 @@ class Inventory:
         A wrapper put around a layer, or batch norms converted, keep the parameters and their
         names: that is followed. Other parameters under a name are a `MatchError`.
         """
-        for module, children, tensors in self.links:
-            if module._modules != children or (
-                len(module._parameters) + len(module._buffers) != tensors
-            ):
-                self.look_again()
-                return
+        if self.tree is not None and self.tree.has_changed():
+            self.look_again()
 
     def look_again(self) -> None:
         """Find every tensor by its name; `MatchError` for one that is gone, replaced or new."""
@@ -127,7 +145,7 @@ class Inventory:
                 "the model must hold the tensors it had when the average was built, got "
                 f"{len(new)} more: {new[:3]}. Build the average after the model has all its layers."
             )
-        self.links = _links(self.model)
+        self.tree = _Tree.of(self.model)
 
 
 def _replaced(name: str, found: str) -> str:
@@ -205,8 +223,8 @@ def take_inventory(
     position = {raw.name: i for i, raws in enumerate(tied.values()) for raw in raws}
     order = [(raw.name, position[raw.name]) for raw in found if raw.persistent]
     model = source if isinstance(source, nn.Module) else None
-    links = [] if model is None else _links(model)
-    return Inventory(tuple(entries), tuple(order), model, tuple(extras), links)
+    tree = None if model is None else _Tree.of(model)
+    return Inventory(tuple(entries), tuple(order), model, tuple(extras), tree)
 
 
 def check_some_averaged(inventory: Inventory) -> None:
@@ -266,17 +284,15 @@ def _of_module(model: nn.Module) -> tuple[list[_Raw], list[tuple[str, nn.Module]
     return found, extras
 
 
-def _links(model: nn.Module) -> list[_Link]:
-    modules = {id(module): module for _, module in walk(model)}.values()
-    return [
-        (module, dict(module._modules), len(module._parameters) + len(module._buffers))
-        for module in modules
-    ]
-
-
 def _of_tensors(source: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[_Raw]:
     # A mutable mapping is kept, not copied: what its owner puts there later is what we average.
     pairs = _pairs(source)
+    for name, tensor in pairs:
+        if is_gathered_somewhere(tensor):
+            raise ArgumentError(
+                f"named tensors must be the shards that are trained, got {name!r} as FSDP2 has "
+                "gathered it for a forward pass. Pass the model instead."
+            )
     owner = source if isinstance(source, MutableMapping) else dict(pairs)
     if len(owner) < len(pairs):
         names = [name for name, _ in pairs]

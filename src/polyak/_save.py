@@ -14,8 +14,9 @@ from ._average import Uses, check_is_average
 from ._engine import Engine
 from ._errors import ArgumentError
 from ._files import TensorInfo, Writer, file_writer, open_checkpoint
-from ._ranks import team_of_average
+from ._ranks import leads_in, mesh_of
 from ._roles import take_inventory
+from ._sharding import agreed
 from ._version import version_of_polyak
 from ._weights import check_all_fit, dtype_in, gathered_set, load_into
 
@@ -48,7 +49,7 @@ def save(
 
     Raises:
         ArgumentError: no such folder; a dtype that safetensors or the values do not fit.
-        OrderError: another rank is gone.
+        OrderError: another rank has an error.
 
     Examples:
         >>> import polyak, tempfile
@@ -72,12 +73,13 @@ def save(
     # Other readers look for {dropped name: kept name} beside our entry, which comes last: a weight
     # may be called "polyak".
     words = {**dropped, "polyak": json.dumps(about)}
-    team = team_of_average(engine)
+    spread = engine.rows[row].tensors
+    leads = leads_in(mesh_of(engine))
     with ExitStack() as stack:
         writer: Writer | None = None
-        with team.agreed():
+        with agreed(spread, "save"):
             check_all_fit(engine, row, dtype)
-            if team.leads:
+            if leads:
                 writer = stack.enter_context(file_writer(Path(path), infos, words))
         error: Exception | None = None
         for names, value in gathered_set(engine, row, dtype):
@@ -87,7 +89,7 @@ def save(
                         writer.write(name, 0, value.reshape(-1))
                 except Exception as raised:
                     error = raised
-        with team.agreed():
+        with agreed(spread, "save"):
             if error is not None:
                 raise error
             stack.close()  # synced and renamed

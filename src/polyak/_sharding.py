@@ -1,7 +1,8 @@
 """Tensors spread over the ranks of a training run: the part that is ours, and where it lies."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,16 +76,13 @@ def spread_like(piece: Tensor, like: Tensor) -> Tensor:
     if not is_sharded(like):
         return piece
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    # Shape and stride must be said: from uneven parts each rank would guess a different whole.
-    return DTensor.from_local(
-        piece,
-        like.device_mesh,  # type: ignore[attr-defined]
-        like.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    # As FSDP2 makes its own: `from_local` would move shards that are kept on the host to the mesh's
+    # device, and guess the shape of the whole from a part of it.
+    meta = TensorMeta(like.shape, like.stride(), piece.dtype)
+    spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)  # type: ignore[attr-defined]
+    return DTensor(piece.detach(), spec, requires_grad=False)
 
 
 def is_spread_like(a: Tensor, b: Tensor) -> bool:
@@ -144,23 +142,84 @@ def spread_over(tensor: Tensor, dtype: torch.dtype, mesh: Any) -> Tensor:
     )
 
 
-def piece_for(value: Tensor, target: Tensor) -> Tensor:
+def piece_for(value: Tensor, target: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The elements of `value` that `target` holds on this rank, as an ordinary tensor.
 
     Ranks talk to each other only where this one lacks some of them: `value` is sharded and `target`
     is not, or otherwise.
+
+    Args:
+        value: all of a tensor, or this rank's part of it.
+        target: likewise.
+        dtype: of the result, where it is not `value`'s; cast before anything is sent.
     """
     if not is_sharded(value):
         part = part_of(target)
-        return plain(value) if part is None else part.of(plain(value))
+        found = plain(value) if part is None else part.of(plain(value))
+        return found if dtype is None else found.to(dtype)
     if is_spread_like(value, target):
-        return plain(value)
-    return piece_for(whole(value), target)
+        return plain(value) if dtype is None else plain(value).to(dtype)
+    return piece_for(whole(value, dtype), target)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All elements of a tensor, on every rank; a collective where it is sharded."""
-    return plain(tensor.full_tensor()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """All elements of a tensor, on every rank that has some; a collective where it is sharded."""
+    if not is_sharded(tensor):
+        return tensor if dtype is None else tensor.to(dtype)
+    # The links are those of the mesh's device, also for shards that are kept on the host.
+    device = tensor.device_mesh.device_type  # type: ignore[attr-defined]
+    held = plain(tensor)
+    here = held.to(device if held.device.type != device else held.device, dtype or held.dtype)
+    return plain(spread_like(here, tensor).full_tensor())  # type: ignore[attr-defined]
+
+
+def place_in_mesh(tensor: Tensor) -> tuple[int, ...]:
+    """Which of the parts of a sharded tensor this one is, also after it was pickled elsewhere."""
+    coordinate = tensor.device_mesh.get_coordinate() if is_sharded(tensor) else None  # type: ignore[attr-defined]
+    return tuple(coordinate or ())
+
+
+@contextmanager
+def agreed(tensors: Iterable[Tensor], action: str) -> Iterator[None]:
+    """A part of a common job in which any rank may fail: then all of them raise at its end.
+
+    Costs one small collective for each mesh over which `tensors` are spread, else nothing. All
+    ranks must come by.
+
+    Raises:
+        OrderError: another rank has an error.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failed = error is not None
+    meshes: list[Any] = []
+    for tensor in tensors:
+        mesh = tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
+        if mesh is not None and mesh not in meshes:
+            meshes.append(mesh)
+    for mesh in meshes * len(meshes):  # so often that the word gets round from one to another
+        failed = _any_of(mesh, failed)
+    if error is not None:
+        raise error
+    if failed:
+        raise OrderError(
+            f"{action} must succeed on every rank, got an error on another one. Read its message; "
+            "here nothing was written."
+        )
+
+
+def _any_of(mesh: Any, flag: bool) -> bool:
+    """Whether any rank of a mesh has raised its flag; a rank outside of it keeps its own."""
+    if mesh.get_coordinate() is None:
+        return flag
+    from torch.distributed.tensor import DTensor, Partial
+
+    mine = torch.tensor(int(flag), device=mesh.device_type)
+    spread = DTensor.from_local(mine, mesh, [Partial("max")] * mesh.ndim, run_check=False)
+    return bool(plain(spread.full_tensor()))
 
 
 def check_can_be_cut(tensor: Tensor, name: str) -> None:
@@ -197,6 +256,19 @@ def _fsdp_states(model: nn.Module) -> list[Any]:
         for state in {id(state): state for state in states}.values()
         if any(place[0] in inside for record in _records(state) for place in _places(record))
     ]
+
+
+def is_gathered_somewhere(tensor: Tensor) -> bool:
+    """Whether FSDP2 shows this tensor in the place of a shard, in any module of the process."""
+    composed = sys.modules.get("torch.distributed._composable_state")
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrapped = getattr(fsdp, "FSDPModule", ())
+    return any(
+        is_gathered(record, tensor)
+        for owner in list(getattr(composed, "_module_state_mapping", ()))
+        if isinstance(owner, wrapped)
+        for record in _records(owner._get_fsdp_state())
+    )
 
 
 def _groups(state: Any) -> list[Any]:
@@ -261,6 +333,11 @@ def reshard(model: nn.Module | None, *, after_error: bool = False) -> None:
         )
     for group in groups:
         group.wait_for_unshard()  # nothing may stay under way
+    offloaded = any(
+        getattr(record, "offload_to_cpu", False) for s in states for record in _records(s)
+    )
+    if offloaded and torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # it may still be reading the shards on the host
     for state in states if at_work else ():
         _forget_pass(state)
     for group in groups:

@@ -14,7 +14,7 @@ from ._errors import ArgumentError, AveragingWarning, MatchError
 from ._history import History
 from ._identities import schedule_from_state, schedule_state
 from ._kernels import write_
-from ._sharding import local, piece_for, plain, spread_like
+from ._sharding import is_spread_like, local, piece_for, place_in_mesh, plain, spread_like
 
 FORMAT = 1
 LOADING = "a load was interrupted half-way"
@@ -47,7 +47,10 @@ def engine_state(engine: Engine, kind: str, rows: Mapping[str, int]) -> dict[str
             "history": engine.history.state(),
         },
         "rounding": {"mode": engine.rounding, "seed": engine.seed},
-        "nonfinite": {name: int(count) for name, count in engine.held_back.items()},
+        # Each rank counts in its own part: what one has seen must not become that of all.
+        "nonfinite": {}
+        if engine.is_spread
+        else {name: int(count) for name, count in engine.held_back.items()},
         "averages": {name: _row_state(engine, row, copies=lent) for name, row in rows.items()},
     }
     ties = {alias: entry.name for entry in engine.inventory.entries for alias in entry.aliases}
@@ -300,6 +303,12 @@ def check_tensors(engine: Engine, saved: Mapping[str, Tensor]) -> None:
             raise MatchError(
                 f"{name!r} must have shape {list(ours.shape)}, got {list(theirs.shape)} in the "
                 "state. Build the model as it was saved."
+            )
+        if is_spread_like(ours, theirs) and place_in_mesh(ours) != place_in_mesh(theirs):
+            raise MatchError(
+                f"{name!r} must come from this rank's part of the state, got that of the rank at "
+                f"{place_in_mesh(theirs)} of the mesh, here is {place_in_mesh(ours)}. Save sharded "
+                "states with torch.distributed.checkpoint, or in a file for each rank."
             )
         if ours.dtype != theirs.dtype:
             raise MatchError(

@@ -20,7 +20,7 @@ from ._engine import (
 from ._errors import ArgumentError, AveragingWarning, MatchError
 from ._pairing import Coverage, Names, pair
 from ._roles import Entry, take_inventory
-from ._sharding import local, piece_for, plain, reshard, spread_like, whole
+from ._sharding import agreed, is_spread_like, local, piece_for, plain, reshard, spread_like, whole
 
 
 @torch.no_grad()
@@ -32,15 +32,15 @@ def full_set(engine: Engine, row: int = 0, dtype: torch.dtype | None = None) -> 
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError(f"dtype must be a floating point dtype, got {dtype}.")
+    with agreed(engine.gathered(row), "weights"):
+        check_all_fit(engine, row, dtype)
     copies: dict[int, Tensor] = {}
     result: dict[str, Tensor] = {}
     for (name, index), value in zip(engine.inventory.order, _values(engine, row), strict=True):
         if index not in copies:
             live = engine.inventory.entries[index].live()
-            target = dtype_in(live, dtype)
-            check_fits(plain(value), target, name)
-            piece = piece_for(value, live).to(live.device, target, copy=True)
-            copies[index] = spread_like(piece, live)
+            piece = piece_for(value, live, dtype_in(live, dtype))
+            copies[index] = spread_like(piece.to(live.device, copy=True), live)
         result[name] = copies[index]
     for name, module in engine.inventory.extras:
         result[name] = copy.deepcopy(module.get_extra_state())
@@ -69,7 +69,7 @@ def check_all_fit(engine: Engine, row: int, dtype: torch.dtype | None) -> None:
 def gathered_set(
     engine: Engine, row: int, dtype: torch.dtype | None
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """`full_set` one tensor at a time, with all of its names, on the host, whole on every rank.
+    """`full_set` one tensor at a time, with all of its names, whole on every rank.
 
     All ranks over which the average is spread must take all of it, in step.
     """
@@ -79,7 +79,7 @@ def gathered_set(
     values = dict(zip((i for _, i in engine.inventory.order), _values(engine, row), strict=True))
     for index, tied in names.items():
         target = dtype_in(engine.inventory.entries[index].live(), dtype)
-        yield tied, whole(values[index]).detach().to("cpu", target)
+        yield tied, whole(values[index], target).detach()
 
 
 def value_of(
@@ -120,9 +120,11 @@ def copy_to(
         for entry, other in pairs
         if entry.role == "average" or share == 1.0
     ]
-    for entry, there, source in moves:
-        check_fits(plain(source), there.dtype, entry.name)
-    reshard(module)
+    gathered = [source for _, there, source in moves if not is_spread_like(source, there)]
+    with agreed(gathered, "copy_to"):
+        for entry, there, source in moves:
+            check_fits(plain(source), there.dtype, entry.name)
+        reshard(module)
     all_seen = not engine.live_changed_unseen()
     for entry, there, source in moves:
         ours, value = local(there), piece_for(source, there)

@@ -3,6 +3,7 @@
 from ._atomic import written_whole as written_whole
 from ._checkpoint import Checkpoint as Checkpoint
 from ._checkpoint import Later as Later
+from ._checkpoint import Unreadable as Unreadable
 from ._dcp import outline as outline
 from ._open import open_checkpoint as open_checkpoint
 from ._open import open_contents as open_contents

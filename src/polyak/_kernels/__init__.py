@@ -1,8 +1,10 @@
 """In-place arithmetic on lists of tensors: one file a backend, no state but the views it cut."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .._sharding import Part
@@ -22,6 +24,7 @@ from ._foreach import ForeachPlan
 from ._mean import mean_ as mean_
 from ._narrow import narrowed as narrowed
 from ._rounding import stream_key as stream_key
+from ._rows import side_by_side as side_by_side
 
 
 class MixPlan(Protocol):
@@ -56,5 +59,20 @@ def plan(
         parts: [slots], where the elements lie in a tensor that is shared out over ranks; None
             where all are here.
     """
-    on_cpu = averages[0][0].device.type == "cpu"
-    return (BlockPlan if on_cpu else ForeachPlan)(averages, live, suspects, parts)
+    return _backend(averages[0][0].device)(averages, live, suspects, parts)
+
+
+@cache
+def _backend(device: torch.device) -> Callable[..., MixPlan]:
+    """Triton where it supports the chip and works (NVIDIA, compute capability 8.0 and up)."""
+    if device.type == "cpu":
+        return BlockPlan
+    if device.type != "cuda" or torch.version.hip is not None:
+        return ForeachPlan
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return ForeachPlan
+    try:
+        from ._triton import TritonPlan, works
+    except ImportError:  # torch brings it on Linux only
+        return ForeachPlan
+    return TritonPlan if works(device) else ForeachPlan

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from ._flat import flat_views, is_dense
 
-SCRATCH_BYTES = 16 * 2**20  # for each dtype and device
+SCRATCH_BYTES = 16 * 2**20  # for each dtype and device, at most
+
+# On the CPU a piece that stays in the cache on its way is read from memory once. Measured: 16 MiB
+# take 1.25 times as long, 256 KiB too.
+CACHE_BYTES = 2**20
 
 
 def can_exchange(live: Tensor, average: Tensor) -> bool:
@@ -94,7 +98,8 @@ def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Piece]:
     for live, average in pairs:
         flat = flat_views([live, average])
         assert flat is not None, "pairs are checked with can_exchange"
-        room = SCRATCH_BYTES // live.element_size()
+        limit = CACHE_BYTES if live.device.type == "cpu" else SCRATCH_BYTES
+        room = min(limit, SCRATCH_BYTES) // live.element_size()
         kind = (live.dtype, live.device)
         for start in range(0, live.numel(), room):
             part_live, part_average = (view[start : start + room] for view in flat)

@@ -1,0 +1,262 @@
+"""What is done for speed is not seen: small averages share memory, and nothing else is shared."""
+
+import io
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import polyak
+from polyak import _kernels as kernels
+from polyak._kernels import _blocks, _rows
+from polyak._kernels._blocks import BlockPlan
+
+HALF = polyak.Exponential(decay=0.5, debias=False)
+
+
+def small(count: int = 6, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Named tensors of odd sizes and several layouts, each far below the size of a row."""
+    generator = torch.Generator().manual_seed(count)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    shapes = [(5,), (3, 7), (), (2, 3, 4, 5), (9, 4), (1,)]
+    tensors = {f"w{i}": random(*shapes[i % len(shapes)]) for i in range(count)}
+    tensors["w4"] = tensors["w4"].t()
+    tensors["w3"] = tensors["w3"].contiguous(memory_format=torch.channels_last)
+    return tensors
+
+
+def storages(tensors: dict[str, Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+
+
+def alone(average: polyak.Average) -> polyak.Average:
+    """The same average with each tensor in memory of its own."""
+    row = average._engine.rows[0]
+    row.tensors = [tensor.clone(memory_format=torch.preserve_format) for tensor in row.tensors]
+    average._engine.drop_plans()
+    return average
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_rows_hold_the_same_values_shapes_and_strides() -> None:
+    """Large, empty and single ones stay as they are; a row ends where it is full."""
+    tensors = [
+        *small(40).values(),
+        torch.ones(_rows.SMALL + 1),
+        torch.ones(0),
+        torch.ones(2).half(),
+    ]
+
+    placed = kernels.side_by_side(tensors)
+
+    for before, after in zip(tensors, placed, strict=True):
+        assert torch.equal(before, after)
+        assert (before.shape, before.stride()) == (after.shape, after.stride())
+    assert all(before is after for before, after in zip(tensors[-3:], placed[-3:], strict=True))
+    assert len(storages(dict(enumerate(placed[:-3])))) == 1  # type: ignore[arg-type]
+
+
+def test_a_row_is_never_longer_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is what a view that somebody keeps, or saves, can cost."""
+    monkeypatch.setattr(_rows, "ROW", 100)
+    placed = kernels.side_by_side([torch.ones(30) for _ in range(10)])
+    assert [len({t.untyped_storage().nbytes() for t in placed}), len(placed)] == [2, 10]
+    assert max(tensor.untyped_storage().nbytes() for tensor in placed) <= 4 * 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("stored", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_side_by_side_or_alone_the_bits_are_the_same(
+    dtype: torch.dtype, stored: torch.dtype | None, rounding: polyak._engine.Rounding
+) -> None:
+    """Also with NaN in one tensor, which sends its row to the exact path, and counts it there."""
+    live = small(dtype=dtype)
+    together = polyak.Average(live, HALF, dtype=stored, rounding=rounding)
+    apart = alone(polyak.Average(live, HALF, dtype=stored, rounding=rounding))
+
+    for step in range(4):
+        for tensor in live.values():
+            tensor.mul_(1.25).add_(step)
+        kept = live["w1"].clone()
+        if step == 2:
+            live["w1"][1, 2:4] = math.nan
+        together.update()
+        apart.update()
+        live["w1"].copy_(kept)
+
+    for name, tensor in together.tensors.items():
+        assert torch.equal(tensor, apart.tensors[name]), name
+    assert together.report().nonfinite == apart.report().nonfinite == {"w1": 2}
+
+
+def test_a_small_model_is_one_read_one_check_and_one_mix() -> None:
+    """As long as nothing is wrong with it; a mask of infinities is left out of that."""
+    live = {**small(5), "mask": torch.tensor([0.0, -math.inf])}
+    average = polyak.Average(live, HALF)
+    average.update()
+
+    assert average._engine._cached is not None
+    [(_, plan)] = average._engine._cached.plans
+
+    assert isinstance(plan, BlockPlan)
+    assert [len(stretch.blocks) for stretch in plan._stretches] == [5]
+    assert [block.slot for block in plan._loose] == [5]
+    assert average.tensors["mask"].tolist() == [0.0, -math.inf]
+
+
+def test_a_healed_average_joins_its_row() -> None:
+    """A model built with NaN takes the exact path for one update, not for the run."""
+    live = {"a": torch.ones(3), "b": torch.tensor([math.nan, 1.0]), "c": torch.ones(2)}
+    average = polyak.Average(live, HALF)
+    live["b"].fill_(4.0)
+
+    for _ in range(2):
+        average.update()
+    [(_, plan)] = average._engine._plans(average._engine.rows)
+
+    assert isinstance(plan, BlockPlan)
+    assert [[block.slot for block in stretch.blocks] for stretch in plan._stretches] == [[0, 1, 2]]
+    assert average.tensors["b"].tolist() == [4.0, 3.25]
+
+
+# ── what is noticed at every update ──────────────────────────────────────────────────────────────
+
+
+def set_data(model: nn.Linear, data: Tensor) -> None:
+    model.weight.data = data
+
+
+@pytest.mark.parametrize(
+    ("swap", "expected"),
+    [
+        (lambda m: set_data(m, torch.full((3, 3), 8.0)), torch.full((3, 3), 4.0)),
+        (lambda m: set_data(m, m.weight.data.t()), torch.arange(9.0).view(3, 3).t() / 2),
+        (lambda m: set_data(m, m.weight.data.double()), torch.arange(9.0).view(3, 3) / 2),
+    ],
+    ids=["other memory", "the same memory, transposed", "cast"],
+)
+def test_data_that_was_swapped_is_what_is_averaged(
+    swap: Callable[[nn.Linear], None], expected: Tensor
+) -> None:
+    """In a row of small tensors, after plans were made, at the very next update."""
+    model = nn.Linear(3, 3)
+    nn.init.zeros_(model.weight)
+    average = polyak.Average(model, HALF)
+    average.update()
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(9.0).view(3, 3))
+    swap(model)
+
+    average.update()
+
+    assert torch.equal(average.tensors["weight"], expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: set_data(m, m.weight.data[:2]),
+        lambda m: set_data(m, m.weight.data.view(9, 1)),
+        lambda m: setattr(m, "weight", nn.Parameter(m.weight.detach())),
+        lambda m: m.register_parameter("weight", None),
+        lambda m: m.add_module("more", nn.Linear(1, 1)),
+        lambda m: m.register_buffer("more", torch.zeros(1)),
+    ],
+    ids=["cut", "reshaped", "replaced", "removed", "grown", "one more buffer"],
+)
+def test_what_no_longer_fits_is_refused_before_anything_moves(
+    change: Callable[[nn.Linear], None],
+) -> None:
+    """A tensor that begins at the same address as before is no exception."""
+    model = nn.Linear(3, 3)
+    average = polyak.Average(model, HALF)
+    average.update()
+    before = average._engine.rows[0].tensors[0].clone()
+    model.weight.data.add_(1.0)
+    change(model)
+
+    with pytest.raises(polyak.MatchError):
+        average.update()
+
+    assert torch.equal(average._engine.rows[0].tensors[0], before)
+    assert average.updates == 1
+
+
+# ── who holds a view ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_view_of_a_row_keeps_all_of_it_from_being_exchanged() -> None:
+    """It shows the average inside `applied()`, and so do views of its neighbours."""
+    live = small()
+    average = polyak.Average(live, HALF)
+    for tensor in live.values():
+        tensor.add_(2.0)
+    average.update()
+    held = average.tensors["w3"]
+    expected = {name: tensor.clone() for name, tensor in average.tensors.items()}
+    trained = {name: tensor.clone() for name, tensor in live.items()}
+
+    with average.applied():
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in live.items())
+        assert torch.equal(held, expected["w3"])
+
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in live.items())
+    assert all(torch.equal(t, expected[name]) for name, t in average.tensors.items())
+
+
+def test_rows_that_nobody_looks_at_are_exchanged() -> None:
+    """After each update again: what the kernels keep does not count as somebody looking."""
+    average = polyak.Average(small(), HALF)
+    for _ in range(2):
+        average.update()
+        address = average._engine.rows[0].tensors[0].data_ptr()
+        with average.applied():
+            assert average._engine.loan is not None
+            lent = average._engine.loan.tensors
+            assert all(tensor.data_ptr() != address for tensor in lent)
+
+
+def test_a_saved_state_is_no_larger_for_the_rows() -> None:
+    """Views of one row are written once; one of them alone brings at most its row."""
+
+    def size(saved: object) -> int:
+        file = io.BytesIO()
+        torch.save(saved, file)
+        return file.tell()
+
+    live = {f"w{i}": torch.ones(2_000) for i in range(20)}
+    average = polyak.Average(live, HALF)
+    state = average.state_dict()
+    tensors = state["averages"]["average"]["tensors"]
+
+    assert size(tensors) <= size({name: tensor.clone() for name, tensor in tensors.items()})
+    assert size(tensors["w3"]) <= 4 * _rows.ROW + 2_000
+
+
+# ── nothing is allocated ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("live_dtype", [torch.float32, torch.bfloat16])
+def test_scratch_is_made_once(live_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is read goes through memory that is kept from update to update."""
+    monkeypatch.setattr(_blocks, "BLOCK", 1 << 14)
+    live = {**small(dtype=live_dtype), "large": torch.ones(40_000, dtype=live_dtype)}
+    average = polyak.Average(live, HALF)
+    average.update()
+    [(_, plan)] = average._engine._plans(average._engine.rows)
+    assert isinstance(plan, BlockPlan)
+
+    read = [stretch.read() for stretch in plan._stretches]
+
+    owned = {t.untyped_storage().data_ptr() for t in live.values()}
+    scratch = {t.untyped_storage().data_ptr() for t in read} - owned
+    assert len(scratch) == 1
+    assert max(tensor.untyped_storage().nbytes() for tensor in read) <= 4 * 40_000
