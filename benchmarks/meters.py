@@ -44,7 +44,8 @@ def storages() -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor):  # isinstance would wake lazy modules
+        # isinstance would wake lazy modules; subclasses, such as fake tensors, have no memory
+        if type(thing) in (Tensor, torch.nn.Parameter):
             memory = thing.untyped_storage()
             found[memory.data_ptr()] = memory.nbytes()
     return found

@@ -142,7 +142,7 @@ def spread_over(tensor: Tensor, dtype: torch.dtype, mesh: Any) -> Tensor:
     )
 
 
-def piece_for(value: Tensor, target: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def piece_for(value: Tensor, target: Tensor, send_as: torch.dtype | None = None) -> Tensor:
     """The elements of `value` that `target` holds on this rank, as an ordinary tensor.
 
     Ranks talk to each other only where this one lacks some of them: `value` is sharded and `target`
@@ -151,15 +151,12 @@ def piece_for(value: Tensor, target: Tensor, dtype: torch.dtype | None = None) -
     Args:
         value: all of a tensor, or this rank's part of it.
         target: likewise.
-        dtype: of the result, where it is not `value`'s; cast before anything is sent.
+        send_as: the dtype in which elements travel, if they do.
     """
-    if not is_sharded(value):
-        part = part_of(target)
-        found = plain(value) if part is None else part.of(plain(value))
-        return found if dtype is None else found.to(dtype)
-    if is_spread_like(value, target):
-        return plain(value) if dtype is None else plain(value).to(dtype)
-    return piece_for(whole(value, dtype), target)
+    if is_sharded(value) and not is_spread_like(value, target):
+        value = whole(value, send_as)
+    part = None if is_sharded(value) else part_of(target)
+    return plain(value) if part is None else part.of(plain(value))
 
 
 def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -39,8 +39,9 @@ def full_set(engine: Engine, row: int = 0, dtype: torch.dtype | None = None) -> 
     for (name, index), value in zip(engine.inventory.order, _values(engine, row), strict=True):
         if index not in copies:
             live = engine.inventory.entries[index].live()
-            piece = piece_for(value, live, dtype_in(live, dtype))
-            copies[index] = spread_like(piece.to(live.device, copy=True), live)
+            target = dtype_in(live, dtype)
+            piece = piece_for(value, live, target).to(live.device, target, copy=True)
+            copies[index] = spread_like(piece, live)
         result[name] = copies[index]
     for name, module in engine.inventory.extras:
         result[name] = copy.deepcopy(module.get_extra_state())
