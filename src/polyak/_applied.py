@@ -29,8 +29,8 @@ def applied(engine: Engine, row: int = 0) -> Iterator[None]:
 
     Values change in place, storages stay: optimizers, hooks, compiled code and CUDA graphs keep
     pointing at the same memory, and a graph built before the block is valid after it. Where dtype,
-    device and memory order agree, live and average swap values through 16 MiB of scratch.
-    Elsewhere, and where somebody holds a view of the average, the live values wait in a copy.
+    device and memory order agree, live and average swap values through a scratch of 1 MiB (16 on a
+    GPU). Elsewhere, and where somebody holds a view of the average, the live values wait in a copy.
     Buffers always do, so that a forward pass in training mode costs nothing. What is computed
     inside must be differentiated inside: later, a backward pass reads the trained weights.
 
