@@ -92,8 +92,12 @@ class Setup:
 
     @property
     def applied_receives(self) -> float:
-        """Bytes that `applied()` receives on one rank, beyond what FSDP2 gathers anyway."""
-        return STORED * self.parameters * (1 - 1 / self.shards) if self.whole else 0.0
+        """Bytes that `applied()` receives on one rank, beyond what FSDP2 gathers anyway.
+
+        Elements are cast to the live dtype before they travel, if that is narrower.
+        """
+        sent = min(self.live, STORED)
+        return sent * self.parameters * (1 - 1 / self.shards) if self.whole else 0.0
 
     @property
     def applied_moves(self) -> float:
@@ -130,9 +134,13 @@ class Setup:
         """Whether training state and average have room in the memory of a GPU."""
         return self.training + self.held <= machine.room
 
+    def export_receives(self, saved: int = 2) -> float:
+        """Bytes that an export sends to each rank, cast to those that a saved element has."""
+        return saved * self.parameters * (1 - 1 / self.shards)
+
     def export_takes(self, machine: Machine, saved: int = 2) -> float:
         """Seconds to gather tensor by tensor and to write one file, one after the other."""
-        gather = STORED * self.parameters * (1 - 1 / self.shards) / machine.link(self.ranks)
+        gather = self.export_receives(saved) / machine.link(self.ranks)
         return gather + saved * self.parameters / machine.disk
 
 
@@ -149,7 +157,8 @@ def in_bytes(number: float) -> str:
 
 def in_time(seconds: float) -> str:
     """A time with two or three digits: 4.2 ms, 8 min."""
-    for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+    large = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
+    for unit, size in (*large, ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)):
         if seconds >= size * 0.9995:
             return f"{_digits(seconds / size)} {unit}"
     return "0"
@@ -250,7 +259,7 @@ def exported(machine: Machine) -> str:
                 name,
                 f"{gpus:,}",
                 in_bytes(2 * parameters),
-                in_bytes(STORED * parameters * (1 - 1 / gpus)),
+                in_bytes(setup.export_receives()),
                 in_time(setup.export_takes(machine)),
             ]
         )
@@ -276,10 +285,15 @@ def measured(found: dict[str, Any]) -> str:
 
 
 def promises(found: dict[str, Any]) -> str:
-    """What was promised of the time on one of two ranks, and what came out."""
-    head = ["an update on one of 2 ranks, against 1", "promised", "measured"]
+    """What was promised of the time on one of two ranks, and what came out, round by round."""
+    head = ["an update on one of 2 ranks, against 1", "promised", "measured", "rounds"]
     rows = [
-        [name, f"{said['at least']:.3f} to {said['at most']:.3f}", f"{said['measured']:.3f}"]
+        [
+            name,
+            f"{said['at least']:.3f} to {said['at most']:.3f}" if said["counts"] else "-",
+            f"{said['measured']:.2f}",
+            f"{min(said['rounds']):.2f} to {max(said['rounds']):.2f}",
+        ]
         for name, said in found["promises"].items()
     ]
     return table(head, rows)
@@ -302,8 +316,9 @@ def paths(found: dict[str, Any]) -> str:
 def a_tensor(found: dict[str, Any]) -> str:
     """A sentence about what does not depend on the size."""
     return (
-        "Beside the bytes comes what does not depend on the size, Python and calls: "
-        f"{in_time(found['seconds a tensor'])} a tensor on this CPU."
+        "Beside the bytes comes what does not depend on the size, Python and calls. Small tensors "
+        "are kept side by side on the CPU and updated together: of a thousand with one element, "
+        f"{in_time(found['seconds a tensor'])} each."
     )
 
 

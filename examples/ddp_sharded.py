@@ -77,10 +77,12 @@ class Run:
         """One step on a batch that depends on its number alone."""
         random = torch.Generator().manual_seed(self.step)
         batch = torch.randint(TEST, len(self.images), (BATCH,), generator=random)
-        mine = batch[dist.get_rank() :: dist.get_world_size()]
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        mine = batch[rank::ranks]
         loss = nn.functional.cross_entropy(self.ddp(self.images[mine]), self.labels[mine])
         self.optimizer.zero_grad()
-        loss.backward()
+        # DDP takes the mean over the ranks; shares may be uneven, so each gets its due.
+        (loss * len(mine) * ranks / BATCH).backward()
         self.optimizer.step()
         self.step += 1
 
@@ -149,9 +151,8 @@ def main(folder: Path, until: int = STEPS) -> Result:
             live, averaged = run.accuracies()
             say(f"step {run.step:4}: accuracy {live:.1%} live, {averaged:.1%} averaged", flush=True)
             run.save(folder)
-    polyak.save(
-        run.average, folder / "averaged.safetensors"
-    )  # all ranks call, the first one writes
+    # All ranks call, the first one writes.
+    polyak.save(run.average, folder / "averaged.safetensors")
     held, whole = bytes_of(run.average.tensors)
     say(f"this rank holds {held:,} bytes of an average of {whole:,}")
     return Result(started, *run.accuracies(), apart, held, whole)

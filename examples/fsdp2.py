@@ -10,7 +10,6 @@ averaged weights where it gathered the trained ones. The export at the end is an
 """
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import polyak
 
@@ -40,7 +40,6 @@ class Result:
         live: accuracy of the trained weights on test images.
         averaged: that of their average.
         held: bytes of the average on this rank.
-        whole: bytes of the whole average.
     """
 
     started: int
@@ -48,7 +47,6 @@ class Result:
     live: float
     averaged: float
     held: int
-    whole: int
 
 
 def build() -> nn.Sequential:
@@ -138,25 +136,12 @@ def main(folder: Path, until: int = STEPS) -> Result:
             live, averaged = run.accuracies()
             say(f"step {run.step:4}: accuracy {live:.1%} live, {averaged:.1%} averaged", flush=True)
             run.save(folder)
-    polyak.save(
-        run.average, folder / "averaged.safetensors"
-    )  # all ranks call, the first one writes
-    held, whole = bytes_of(run.average.tensors)
-    say(f"this rank holds {held:,} bytes of an average of {whole:,}")
-    return Result(started, run.average.updates, *run.accuracies(), held, whole)
-
-
-def bytes_of(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """What this rank holds of some tensors, and what all of them take together."""
-
-    def local(tensor: Any) -> Tensor:
-        held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        return held
-
-    return (
-        sum(local(tensor).nbytes for tensor in tensors.values()),
-        sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
-    )
+    # All ranks call, the first one writes.
+    polyak.save(run.average, folder / "averaged.safetensors")
+    shards = [t.to_local() for t in run.average.tensors.values() if isinstance(t, DTensor)]
+    held = sum(shard.nbytes for shard in shards)
+    say(f"this rank holds {held:,} bytes of the average")
+    return Result(started, run.average.updates, *run.accuracies(), held)
 
 
 if __name__ == "__main__":

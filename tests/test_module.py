@@ -135,6 +135,7 @@ def test_module_costs_no_memory_where_it_can_share() -> None:
     """Neither when it is made nor at an update: every weight is the average's own."""
     model = mlp()
     average = polyak.Average(model, HALF)
+    average.module()  # gives each average memory of its own, once
     step(model, average)  # makes the scratch that is kept
     with Snags() as plain:
         step(model, average)
@@ -153,6 +154,8 @@ def test_module_costs_one_copy_where_it_cannot_share() -> None:
     """bf16 weights of a float32 average: two bytes a weight once, and no more at an update."""
     model = mlp(torch.bfloat16)
     average = polyak.Average(model, HALF)
+    step(model, average)
+    average.module()  # gives each average memory of its own, once
     step(model, average)
     with Snags() as plain:
         step(model, average)
@@ -219,6 +222,7 @@ def test_frozen_parameters_share_the_live_memory_and_stay_frozen() -> None:
     base = model[0].get_parameter("weight")
     average = polyak.Average(model, HALF)
     step_without_forward(model, average)
+    average.module()  # gives each average memory of its own, once
 
     with Snags() as made:
         teacher = average.module()
@@ -606,6 +610,7 @@ def test_block_needs_a_copy_only_while_a_module_is_alive() -> None:
     model = mlp()
     average = polyak.Average(model, HALF)
     step(model, average)
+    average.module()  # gives each average memory of its own, once
     memory = average._engine.rows[0].tensors[0].data_ptr()
 
     def trained_weights_wait_in_the_average() -> bool:
@@ -1107,6 +1112,7 @@ def test_making_and_dropping_many_leaves_updates_as_cheap_as_before() -> None:
     """A teacher an epoch, for many epochs."""
     model = net()
     average = polyak.Average(model, HALF)
+    average.module()  # gives each average memory of its own, once
     step(model, average)
     with Snags() as before:
         step(model, average)

@@ -61,7 +61,10 @@ def test_shared_out_average_costs_by_hand(costs: Any) -> None:
     machine = costs.Machine(memory=1e12, nvlink=3e11, network=3e10, node=4)
     # 3e9 bytes inside a node, then a copy, a gather and two writes of 4 bytes each.
     assert cut.applied_takes(machine) == pytest.approx(3e9 / 3e11 + 28e9 / 1e12)
-    assert cut.export_takes(machine, saved=2) == pytest.approx(3e9 / 3e11 + 2e9 / machine.disk)
+    # Elements travel in the dtype that is wanted: 2 bytes of each for bfloat16.
+    assert costs.Setup(1e9, ranks=4, shards=4, live=2, whole=True).applied_receives == 1.5e9
+    assert (cut.export_receives(saved=2), cut.export_receives(saved=4)) == (1.5e9, 3e9)
+    assert cut.export_takes(machine, saved=2) == pytest.approx(1.5e9 / 3e11 + 2e9 / machine.disk)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,14 @@ def test_bytes_in_words(costs: Any, number: float, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.0042, "4.2 ms"), (4.2e-6, "4.2 µs"), (1000, "16.7 min"), (7200, "2 h"), (0.25, "250 ms")],
+    [
+        (0.0042, "4.2 ms"),
+        (4.2e-6, "4.2 µs"),
+        (1000, "16.7 min"),
+        (7200, "2 h"),
+        (0.25, "250 ms"),
+        (5e-7, "500 ns"),
+    ],
 )
 def test_times_in_words(costs: Any, seconds: float, words: str) -> None:
     assert costs.in_time(seconds) == words

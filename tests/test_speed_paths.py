@@ -1,11 +1,14 @@
 """What is done for speed is not seen: small averages share memory, and nothing else is shared."""
 
+import copy
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 import polyak
@@ -54,7 +57,7 @@ def test_rows_hold_the_same_values_shapes_and_strides() -> None:
         torch.ones(2).half(),
     ]
 
-    placed = kernels.side_by_side(tensors)
+    placed = kernels.side_by_side(tensors, [tensor.dtype for tensor in tensors])
 
     for before, after in zip(tensors, placed, strict=True):
         assert torch.equal(before, after)
@@ -66,7 +69,7 @@ def test_rows_hold_the_same_values_shapes_and_strides() -> None:
 def test_a_row_is_never_longer_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """That is what a view that somebody keeps, or saves, can cost."""
     monkeypatch.setattr(_rows, "ROW", 100)
-    placed = kernels.side_by_side([torch.ones(30) for _ in range(10)])
+    placed = kernels.side_by_side([torch.ones(30) for _ in range(10)], [torch.float32] * 10)
     assert [len({t.untyped_storage().nbytes() for t in placed}), len(placed)] == [2, 10]
     assert max(tensor.untyped_storage().nbytes() for tensor in placed) <= 4 * 100
 
@@ -260,3 +263,122 @@ def test_scratch_is_made_once(live_dtype: torch.dtype, monkeypatch: pytest.Monke
     scratch = {t.untyped_storage().data_ptr() for t in read} - owned
     assert len(scratch) == 1
     assert max(tensor.untyped_storage().nbytes() for tensor in read) <= 4 * 40_000
+
+
+# ── what shared memory must not change ───────────────────────────────────────────────────────────
+
+
+def test_view_of_a_copied_average_goes_on_showing_it_inside_a_block() -> None:
+    """Who holds memory is counted in a copy as in the first: a viewer is noticed, no viewer too."""
+    live = {"a": torch.ones(3), "b": torch.ones(3)}
+    first = polyak.Average(live, HALF)
+    first.update()
+    average, model = copy.deepcopy((first, live))
+    for tensor in model.values():
+        tensor.fill_(3.0)
+    average.update()
+    with average.applied():
+        exchanged = torch.equal(average._engine.rows[0].tensors[0], torch.full((3,), 3.0))
+    view = average.tensors["a"]
+    expected = view.clone()
+
+    with average.applied():
+        assert torch.equal(view, expected)
+
+    assert exchanged
+    assert not torch.equal(expected, model["a"])
+
+
+def test_layer_replaced_after_its_parent_was_given_another_dict_is_noticed() -> None:
+    """`del model[2:]` gives a Sequential a new dict of children, whatever it deletes."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    average = polyak.Average(model)
+    average.update()
+    del model[2:]
+    model[0] = nn.Linear(2, 2)
+
+    with pytest.raises(polyak.MatchError, match=r"0\.weight"):
+        average.update()
+
+
+def test_parameters_of_a_module_given_another_state_are_noticed() -> None:
+    """`__setstate__` exchanges the dict that the parameters hang in."""
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    average = polyak.Average(model)
+    average.update()
+    model.__setstate__(dict(other.__dict__))
+
+    with pytest.raises(polyak.MatchError, match="weight"):
+        average.update()
+
+
+def test_averaged_module_can_be_written_by_others(tmp_path: Path) -> None:
+    """Writers that take one memory for one tensor find each tensor in its own; ties stay."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    average = polyak.Average(model)
+    shown = average.module()
+    state = shown.state_dict()
+    places = {name: tensor.untyped_storage().data_ptr() for name, tensor in state.items()}
+
+    save_model(shown, str(tmp_path / "shown.safetensors"))
+
+    assert places["0.weight"] == places["1.weight"]
+    assert len(set(places.values())) == len(state) - 1
+    for name, tensor in load_file(tmp_path / "shown.safetensors").items():
+        assert torch.equal(tensor, average.weights()[name])
+
+
+def test_live_memory_that_moves_under_its_storage_is_seen() -> None:
+    """Another address, though the storage is the same object: new views are cut."""
+    live = {"a": torch.ones(4), "b": torch.ones(4)}
+    average = polyak.Average(live, polyak.Exponential(decay=0.5, debias=False))
+    average.update()
+    before = average._engine._cached
+    live["a"].share_memory_()
+    live["a"].fill_(3.0)
+
+    average.update()
+
+    assert average._engine._cached is not before
+    assert average.tensors["a"].tolist() == [2.0] * 4
+
+
+def test_live_memory_that_was_freed_is_refused() -> None:
+    """Not read: the average is as it was, and goes on when the values are back."""
+    live = {"a": torch.ones(4), "b": torch.ones(4)}
+    average = polyak.Average(live)
+    average.update()
+    live["a"].untyped_storage().resize_(0)
+
+    with pytest.raises(polyak.MatchError, match="freed"):
+        average.update()
+
+    live["a"].untyped_storage().resize_(16)
+    live["a"].fill_(2.0)
+    average.update()
+    assert average.updates == 2
+
+
+def test_default_device_of_the_caller_does_not_matter() -> None:
+    """Scratch is where the tensors are."""
+    live = {"a": torch.ones(4), "b": torch.ones(4)}
+    average = polyak.Average(live)
+
+    with torch.device("meta"):
+        average.update()
+
+    assert average.tensors["a"].tolist() == [1.0] * 4
+
+
+def test_weights_of_two_dtypes_are_read_in_two_stretches() -> None:
+    """bfloat16 weights with float32 norms between them: each kind adjoins its own."""
+    live = {
+        str(i): torch.ones(8, dtype=torch.bfloat16 if i % 2 else torch.float32) for i in range(20)
+    }
+    average = polyak.Average(live)
+    average.update()
+
+    [(_, plan)] = average._engine._plans(average._engine.rows)
+    assert isinstance(plan, BlockPlan)
+    assert len(plan._stretches) == 2

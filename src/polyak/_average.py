@@ -308,7 +308,8 @@ class Average(Uses):
         roles: the last word: patterns to "average" or "live", or a function that returns one of
             these, or None for the usual rule.
         nonfinite: live elements that are NaN or inf: "skip" keeps the average's value there,
-            "raise" refuses the update, "ignore" lets them in.
+            "raise" refuses the update, "ignore" lets them in. Of a spread average a rank looks at
+            its own part, so "raise" stops that rank alone and its clock falls behind the others'.
         rounding: "nearest", or "stochastic": up or down with the probability that keeps the mean.
             With dtype=torch.bfloat16 an unbiased average in 2 bytes, with float32 one that does
             not stall at decays of 0.9999 and above. The random bits are a hash of seed, name,
@@ -433,6 +434,9 @@ class Average(Uses):
         on_mismatch: OnMismatch = "error",
     ) -> None:
         """Go on from a saved state. Everything is checked before anything is written.
+
+        Nothing is sent, unless the state is spread over ranks otherwise than this average: then
+        the ranks put it together, and all of them must call this.
 
         Args:
             state: what `state_dict` returned.

@@ -5,7 +5,8 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import is_
 from types import FrameType
@@ -154,6 +155,9 @@ class _Plans:
         # While our views keep the old memory alive, the new one has another address.
         self._views = [plain(tensor) for tensor in live]
         self._is_sharded = any(is_sharded(tensor) for tensor in live)
+        # Memory that is freed or moved under its storage (`resize_`, `share_memory_`) takes our
+        # views along, but not the addresses that a kernel was given.
+        self._addresses = list(map(Tensor.data_ptr, self._views))
 
     def is_where_it_was(self, entries: Sequence[Entry]) -> bool:
         """Whether the live tensors are the same, in the same memory, shape and order.
@@ -167,7 +171,10 @@ class _Plans:
         elif self._is_sharded:
             live = [local(tensor) for tensor in live]
         try:
-            return all(map(Tensor.is_set_to, live, self._views))
+            return (
+                all(map(Tensor.is_set_to, live, self._views))
+                and list(map(Tensor.data_ptr, live)) == self._addresses
+            )
         except NotImplementedError:  # a device for which torch does not say
             return list(map(place_of, live)) == list(map(place_of, self._views))
 
@@ -242,7 +249,8 @@ class Engine:
         live = [entry.live() for entry in self.entries]
         for row in self.rows:
             row.tensors = self._placed(
-                [self._allocate(t, entry) for t, entry in zip(live, self.entries, strict=True)]
+                [self._allocate(t, entry) for t, entry in zip(live, self.entries, strict=True)],
+                live,
             )
             row.holders = [count_holders(tensor) for tensor in row.tensors]
         self.parts = [part_of(tensor) for tensor in self.rows[0].tensors]
@@ -308,6 +316,7 @@ class Engine:
             self._check_expressible(elapsed)
         if self.nonfinite == "raise":
             self.check_finite(self.rows)
+        self._plans(self.rows)  # what fails while views are cut has changed nothing
         for row in self.rows:  # an interrupt from here on leaves some tensors moved, some not
             row.damage = "an update was interrupted half-way"
         doubt = None if skip is None else self._doubt(skip)
@@ -448,6 +457,11 @@ class Engine:
         """Raise `MatchError` where a live tensor no longer fits its average."""
         for entry, average in zip(self.entries, self.rows[0].tensors, strict=True):
             live = entry.live()
+            if live.numel() and not is_sharded(live) and live.data_ptr() == 0:
+                raise MatchError(
+                    f"{entry.name!r} must hold its values, got memory that was freed. Update while "
+                    "the parameters are in memory."
+                )
             if live.shape != average.shape:
                 raise MatchError(
                     f"{entry.name!r} must keep its shape {list(average.shape)}, got "
@@ -570,14 +584,15 @@ class Engine:
             )
             return spread_like(average, live)
 
-    def _placed(self, averages: list[Tensor]) -> list[Tensor]:
+    def _placed(self, averages: list[Tensor], live: Sequence[Tensor]) -> list[Tensor]:
         """The same averages, small ones in common rows of memory; shards stay on their own."""
+        whole = [slot for slot, tensor in enumerate(averages) if not is_sharded(tensor)]
         with torch.inference_mode(False):
-            whole = [slot for slot, tensor in enumerate(averages) if not is_sharded(tensor)]
-            for slot, tensor in zip(
-                whole, kernels.side_by_side([averages[slot] for slot in whole]), strict=True
-            ):
-                averages[slot] = tensor
+            placed = kernels.side_by_side(
+                [averages[slot] for slot in whole], [live[slot].dtype for slot in whole]
+            )
+        for slot, tensor in zip(whole, placed, strict=True):
+            averages[slot] = tensor
         return averages
 
     def live_memory(self) -> frozenset[int]:
@@ -616,18 +631,52 @@ class Engine:
 
     def _move(self, row: Row, live: Sequence[Tensor]) -> None:
         """Take the averages of `row` to where the live tensors are."""
-        pairs = list(zip(row.tensors, live, strict=True))
-        slots = [slot for slot, (average, t) in enumerate(pairs) if average.device != t.device]
+        slots = [
+            slot
+            for slot, (average, tensor) in enumerate(zip(row.tensors, live, strict=True))
+            if average.device != tensor.device
+        ]
         moved = self._placed(
             [
                 spread_like(plain(row.tensors[slot]).to(live[slot].device), row.tensors[slot])
                 for slot in slots
-            ]
+            ],
+            [live[slot] for slot in slots],
         )
-        for slot, average in zip(slots, moved, strict=True):
-            row.tensors[slot] = average
-        del moved
-        for slot in slots:
+        self.give_memory(row, dict(zip(slots, moved, strict=True)))
+
+    def own_memory(self, row: Row) -> None:
+        """Take averages that nobody looks at out of the memory that they share with others.
+
+        Those of a module must each have their own: writers of files, and whoever looks at where a
+        tensor lies, take one memory for one tensor under several names.
+        """
+        sharing = [
+            slot
+            for slot, average in enumerate(row.tensors)
+            if not is_sharded(average) and average.untyped_storage().nbytes() > average.nbytes
+        ]
+        if not sharing:
+            return
+        self.drop_plans()
+        with torch.inference_mode(False):
+            own = {
+                slot: row.tensors[slot].clone(memory_format=torch.preserve_format)
+                for slot in sharing
+                if count_holders(row.tensors[slot]) == row.holders[slot] != -1
+            }
+        self.give_memory(row, own)
+
+    def give_memory(self, row: Row, new: Mapping[int, Tensor]) -> None:
+        """Put averages elsewhere, by slot; their neighbours in a row lose a holder each."""
+        self.drop_plans()
+        left = Counter(local(row.tensors[slot]).untyped_storage().data_ptr() for slot in new)
+        for slot, average in enumerate(row.tensors):
+            if slot in new:
+                row.tensors[slot] = new[slot]
+            elif left:
+                row.holders[slot] -= left[local(average).untyped_storage().data_ptr()]
+        for slot in new:
             row.holders[slot] = count_holders(row.tensors[slot])
 
     def _plans(self, rows: Sequence[Row]) -> list[tuple[list[int], kernels.MixPlan]]:

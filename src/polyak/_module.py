@@ -60,6 +60,7 @@ def averaged_module(
         raise ArgumentError(
             "names and partial must come with a factory: a copy of the model has its names."
         )
+    engine.own_memory(engine.rows[row])
     view = _View(engine, row, dtype, share_buffers, before)
     with torch.inference_mode(False):  # what is made here must serve outside too
         module = (

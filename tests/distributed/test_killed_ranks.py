@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from ranks import outcomes_of, run_on
 
-pytestmark = [pytest.mark.prove, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.prove
 
 # Only the first rank writes the metadata, last of all.
 DEATHS = [(moment, victim) for moment in work.MOMENTS for victim in range(3)][:-2]

@@ -14,8 +14,6 @@ import polyak
 from polyak._slices import SLICE
 from ranks import outcomes_of, run_on
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:

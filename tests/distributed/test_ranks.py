@@ -11,8 +11,6 @@ import work_harness as work
 import polyak
 from ranks import RankError, outcomes_of, run_on
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_answers_come_back_by_rank(n: int) -> None:

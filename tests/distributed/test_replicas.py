@@ -9,8 +9,6 @@ from spread import same
 
 from ranks import run_on
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 @pytest.mark.parametrize("kind", work.KINDS)
 def test_shared_out_average_is_the_whole_one_in_a_quarter_of_the_memory(kind: str) -> None:
@@ -98,3 +96,68 @@ def test_average_is_shared_out_over_the_ranks_of_its_group_only() -> None:
     answers = run_on(4, work.part_of_the_ranks)
 
     assert all(part <= 0.51 * whole for part, whole in answers)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_buffers_of_a_window_are_pooled_in_every_capture(n: int) -> None:
+    """Means 10, 20, 30 + rank, pooled after each update: a later mean is of pooled captures."""
+    middle = (n - 1) / 2
+    expected = [10 + middle, 15 + middle, 25 + middle]
+
+    assert run_on(n, work.buffers_of_a_window) == [[[level] * 2 for level in expected]] * n
+
+
+def test_check_looks_at_each_capture_of_a_window() -> None:
+    first, second = run_on(2, work.captures_are_compared)
+
+    assert first == second
+    assert "(average 1)" in first
+    assert "(average)" not in first
+
+
+def test_refreshed_statistics_and_averaged_buffers_are_both_pooled() -> None:
+    """Ranks 0 and 1 saw the constants 0 and 1, and had averaged 0 and 10."""
+    for answer in run_on(2, work.statistics_and_buffers):
+        assert answer == {"averaged": 5.0, "refreshed": 0.5}
+
+
+def test_rank_outside_of_the_group_is_refused_and_changes_nothing() -> None:
+    inside, other, outside = run_on(3, work.outside_of_the_group)
+
+    assert inside == other == []
+    assert len(outside) == 2
+
+
+def test_ranks_of_a_group_are_named_as_all_ranks_are_counted() -> None:
+    answers = run_on(4, work.drift_in_a_group)
+
+    assert answers[2] == answers[3]
+    assert "on ranks [3]" in answers[2]
+
+
+def test_average_that_one_rank_has_lost_is_reported_on_all() -> None:
+    answers = run_on(3, work.damaged_on_one_rank)
+
+    assert answers[0] == answers[2]
+    assert "on rank 1" in answers[0]
+
+
+def test_error_on_entry_of_one_rank_is_raised_on_all() -> None:
+    """One says what it is, the others that there is one; nobody is left waiting."""
+    *others, last = run_on(3, work.overflow_on_one_rank, limit=30.0)
+
+    assert last == ["ArgumentError"] * 3
+    assert others == [["OrderError"] * 3] * 2
+
+
+def test_bias_correction_of_a_shared_out_average() -> None:
+    run_on(3, work.corrected)
+
+
+def test_device_of_a_shared_out_average_is_that_of_the_model() -> None:
+    run_on(2, work.device_is_refused)
+
+
+def test_what_is_gathered_travels_in_the_dtype_it_is_wanted_in(tmp_path: Path) -> None:
+    """Half of the bytes for a bfloat16 model; a cast and a gather may change places."""
+    assert run_on(2, work.gathered_in_live_dtype, tmp_path) == [{"torch.bfloat16"}] * 2

@@ -13,8 +13,6 @@ from spread import LAYOUTS, Net, Values, same, wholes
 import polyak
 from ranks import run_on
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 MESHES = ["alone", "fsdp-2", "fsdp-3", "fsdp-4", "hsdp-2x2", "tp-2 x fsdp-2", "replicas-3"]
 
 
@@ -141,3 +139,39 @@ def test_export_that_fails_fails_on_every_rank(layout: str, tmp_path: Path) -> N
     for errors in zip(*answers, strict=True):  # one says what it is, the others that there is one
         assert "ArgumentError" in errors
         assert set(errors) <= {"ArgumentError", "OrderError"}
+
+
+@pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-3", "replicas-2"])
+def test_part_of_another_rank_is_refused(layout: str, tmp_path: Path) -> None:
+    """Of even and uneven parts: the meshes are equal, the rank that wrote them is another."""
+    run_on(LAYOUTS[layout].n, work.part_of_another_rank, layout, tmp_path, limit=30.0)
+
+    state = torch.load(tmp_path / "first.pt", weights_only=True)["average"]
+    alone = polyak.Average(Net(), polyak.Power(sigma_rel=0.1))
+    with pytest.raises(polyak.MatchError, match="part of the state"):
+        alone.load_state_dict(state)
+    alone.update()
+
+
+@pytest.mark.parametrize("layout", ["fsdp-2", "replicas-3"])
+def test_incidents_of_one_rank_do_not_become_those_of_all(layout: str, tmp_path: Path) -> None:
+    *others, last = run_on(LAYOUTS[layout].n, work.incidents, layout, tmp_path)
+
+    assert others == [[0, 0]] * len(others)
+    assert last[0] > 0
+    assert last[1] == 0  # counted from here on
+
+
+def test_export_of_two_meshes_fails_on_all_ranks_together(tmp_path: Path) -> None:
+    *others, last = run_on(4, work.two_meshes, tmp_path, limit=30.0)
+
+    assert last == "ArgumentError"
+    assert others == ["OrderError"] * 3
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.safetensors", "again.safetensors"}
+
+
+def test_rank_without_part_in_a_mesh_takes_part_in_everything(tmp_path: Path) -> None:
+    run_on(3, work.outside_of_the_mesh, tmp_path, limit=30.0)
+
+    file = load_file(tmp_path / "averaged.safetensors")
+    assert file["part"].tolist() == [0.0, 1.0, 2.0, 3.0]

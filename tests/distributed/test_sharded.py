@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ranks import run_on
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 SPREAD = ["fsdp-2", "fsdp-3", "fsdp-4", "grouped-2", "hsdp-2x2", "tp-2", "tp-2 x fsdp-2"]
 EVERY_LAYOUT = pytest.mark.parametrize("layout", SPREAD)
 WITH_FSDP = ["fsdp-2", "fsdp-4", "grouped-2", "hsdp-2x2", "tp-2 x fsdp-2"]
@@ -174,3 +172,31 @@ def test_d2_wrappers_around_a_sharded_model_change_no_name(wrapping: str) -> Non
 @pytest.mark.parametrize("n", [2, 3])
 def test_d9_tie_of_a_sharded_model_is_one_average(n: int) -> None:
     run_on(n, work.ties)
+
+
+@pytest.mark.parametrize("layout", ["fsdp-3", "hsdp-2x2", "tp-2"])
+def test_uses_of_shards_that_the_model_has_likewise_are_silent(layout: str) -> None:
+    n = LAYOUTS[layout].n
+
+    assert run_on(n, work.silent_uses, layout) == [[0] * 5] * n
+
+
+def test_named_tensors_that_are_gathered_for_a_while_are_refused() -> None:
+    for message in run_on(2, work.named_while_gathered):
+        assert "Pass the model" in message
+
+
+def test_classes_with_a_second_module_name_a_way_out_that_there_is() -> None:
+    for messages in run_on(2, work.second_modules):
+        for name, message in messages.items():
+            assert "polyak.Average(model)" in message, name
+            assert "factory" not in message, name
+
+
+def test_part_keeps_its_device_and_dtype() -> None:
+    run_on(2, work.piece_stays_where_it_is)
+
+
+def test_offloaded_shards_are_not_written_while_a_device_may_read_them() -> None:
+    assert run_on(2, work.waits_for_offloaded_shards, True) == [[2]] * 2
+    assert run_on(2, work.waits_for_offloaded_shards, False) == [[0]] * 2

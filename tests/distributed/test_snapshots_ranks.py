@@ -16,8 +16,6 @@ from polyak._folder import read_folder
 from polyak._posthoc import open_run
 from ranks import outcomes_of, run_on
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 MOMENTS = [10, 20, 30, 40]
 
 

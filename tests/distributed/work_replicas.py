@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
 from ranks import count_collectives
@@ -293,3 +294,185 @@ def part_of_the_ranks() -> list[int]:
         same(evaluate(model), averaged, "applied")
     tensor = average.tensors["embedding.weight"]
     return [mine(tensor).numel(), tensor.numel()]
+
+
+# ── groups, and errors that one rank alone has ───────────────────────────────────────────────────
+
+
+def buffers_of_a_window() -> list[list[float]]:
+    """BatchNorm in a window of two captures: means 10 + rank, then 20 + rank, then 30 + rank."""
+    model = Language()
+    window, seen = polyak.Window(model, 2), []
+    for level in (10.0, 20.0, 30.0):
+        with torch.no_grad():
+            model.norm.running_mean.fill_(level + dist.get_rank())  # type: ignore[union-attr]
+        window.update()
+        polyak.reduce_buffers(window)
+        seen.append([float(window.weights()["norm.running_mean"][0])])
+        seen[-1].append(float(window.tensors["norm.running_mean"][0]))
+    return seen
+
+
+def captures_are_compared() -> str:
+    """The same two captures in another order: their mean is one, what the next one drops is not."""
+    model = Language()
+    window = polyak.Window(model, 2)
+    for step in (1, 2) if dist.get_rank() == 0 else (2, 1):
+        learn(model, step)
+        window.update()
+    learn(model, 5)
+    with pytest.raises(polyak.MatchError) as caught:
+        polyak.check_ranks(window)
+    return str(caught.value)
+
+
+def statistics_and_buffers() -> dict[str, float]:
+    """After `refresh_norms` both what it found and what was averaged are pooled, by their names."""
+    linear = nn.Linear(4, 4)
+    model = nn.Sequential(linear, nn.BatchNorm1d(4))
+    model.register_buffer("spin", torch.zeros(2, dtype=torch.complex64))
+    with torch.no_grad():
+        linear.weight.fill_(0.0)
+        linear.bias.fill_(dist.get_rank())  # all that the batch norm sees
+        dict(model.named_buffers())["1.running_mean"].fill_(10.0 * dist.get_rank())
+    average = polyak.Average(model)
+    average.update()
+    polyak.refresh_norms(average, [torch.ones(8, 4)])
+    names = polyak.reduce_buffers(average)
+    assert set(names) == {"1.running_mean", "1.running_var"}, names
+    return {
+        "averaged": float(average.tensors["1.running_mean"][0]),
+        "refreshed": float(average.weights()["1.running_mean"][0]),
+    }
+
+
+def outside_of_the_group() -> list[str]:
+    """Torch's collectives do nothing on a rank outside of the group they are given."""
+    group = dist.new_group([0, 1])
+    model = Language()
+    learn(model, 1)
+    average = polyak.Average(model)
+    before = {name: tensor.clone() for name, tensor in average.tensors.items()}
+    messages = []
+    for call in (polyak.reduce_buffers, polyak.check_ranks):
+        if dist.get_rank() < 2:
+            call(average, group=group)
+        else:
+            with pytest.raises(polyak.ArgumentError, match="group must be") as caught:
+                call(average, group=group)
+            messages.append(str(caught.value))
+    if dist.get_rank() >= 2:
+        same(average.tensors, before, "outside")
+    return messages
+
+
+def drift_in_a_group() -> str:
+    """Rank 3 is the second of its group."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = Language()
+    learn(model, 1 + (dist.get_rank() == 3))
+    average = polyak.Average(model)
+    if dist.get_rank() < 2:
+        polyak.check_ranks(average, group=groups[0])
+        return ""
+    with pytest.raises(polyak.MatchError) as caught:
+        polyak.check_ranks(average, group=groups[1])
+    return str(caught.value)
+
+
+def damaged_on_one_rank() -> str:
+    """An average that one rank has lost: `check_ranks` says so on all, and all go on together."""
+    model = Language()
+    average = polyak.Average(model)
+    learn(model, 1)
+    average.update()
+    with suppress(polyak.OrderError), average.applied():
+        if dist.get_rank() == 1:
+            learn(model, 2)
+    with pytest.raises(polyak.AveragingError) as caught:
+        polyak.check_ranks(average)
+    average.reset()
+    polyak.check_ranks(average)
+    return str(caught.value)
+
+
+def overflow_on_one_rank() -> list[str]:
+    """A value beyond float16 in the last rank's share: each use fails on all, and writes nothing.
+
+    Returns:
+        The type of the error of each use.
+    """
+    model = Language().half()
+    average = polyak.Average(model, polyak.Uniform(), shard=dist.group.WORLD)
+    average.update()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        mine(average.tensors["up.weight"]).fill_(1e6)
+    before, other = {n: t.clone() for n, t in tensors_of(model).items()}, Language().half()
+    there = {name: tensor.clone() for name, tensor in tensors_of(other).items()}
+    seen = []
+    for use in (
+        lambda: average.applied().__enter__(),
+        average.weights,
+        lambda: average.copy_to(other),
+    ):
+        with pytest.raises(polyak.AveragingError) as caught:
+            use()
+        seen.append(caught.typename)
+    same(tensors_of(model), before, "live")
+    same(tensors_of(other), there, "the other module")
+    total = torch.ones(1)
+    dist.all_reduce(total)  # the ranks are still in step
+    assert total.item() == dist.get_world_size()
+    return seen
+
+
+def corrected() -> None:
+    """`bias_corrected` of a shared-out average is that of a whole one, also while it is lent."""
+    model = Language()
+    learn(model, 1)
+    alone = polyak.Average(model, polyak.Uniform())
+    shared = polyak.Average(model, polyak.Uniform(), shard=dist.group.WORLD)
+    start = shared.weights()
+    for step in (2, 4):
+        learn(model, step)
+        for average in (alone, shared):
+            average.update()
+    expected = polyak.bias_corrected(alone, start)
+    same(polyak.bias_corrected(shared, start), expected, "outside")
+    with shared.applied():
+        same(polyak.bias_corrected(shared, start), expected, "inside")
+
+
+def device_is_refused() -> None:
+    with pytest.raises(polyak.ArgumentError, match="device must be"):
+        polyak.Average(Language(), device="meta", shard=dist.group.WORLD)
+
+
+def gathered_in_live_dtype(folder: Path) -> set[str]:
+    """What travels when a bfloat16 model is lent, copied, or saved from a float32 average."""
+    model = Language().bfloat16()
+    learn(model, 1)
+    average = polyak.Average(model, shard=dist.group.WORLD)
+    learn(model, 2)
+    average.update()
+    with Sent() as sent:
+        with average.applied():
+            pass
+        average.weights()
+        polyak.save(average, folder / "averaged.safetensors")
+    return {str(dtype) for dtype in sent.dtypes}
+
+
+class Sent(TorchDispatchMode):
+    """The dtypes of tensors that are gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if "all_gather_into_tensor" in str(func) and "_c10d_functional" in func.namespace:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))

@@ -12,6 +12,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import polyak
 from ranks import count_collectives
@@ -253,3 +256,101 @@ def export_fails_everywhere(layout: str, folder: Path) -> list[str]:
     dist.barrier()
     polyak.save(average, folder / "wide.safetensors")
     return seen
+
+
+# ── what belongs to one rank ─────────────────────────────────────────────────────────────────────
+
+
+def part_of_another_rank(layout: str, folder: Path) -> None:
+    """`if rank == 0: torch.save(...)` of a sharded average: no other rank may take it as its own.
+
+    Into an average that is cut likewise, one that is whole, and a window; and by `load_checkpoint`.
+    """
+    model, average = trained(layout, "wide", 2)
+    window = polyak.Window(model, 2, shard=average_group(layout))
+    window.update()
+    if dist.get_rank() == 0:
+        torch.save({"average": average.state_dict()}, folder / "first.pt")
+        torch.save({"window": window.state_dict()}, folder / "window.pt")
+    dist.barrier()
+    loaded: Any = torch.load(folder / "first.pt", weights_only=True)["average"]
+    ring: Any = torch.load(folder / "window.pt", weights_only=True)["window"]
+    go_on(model, average, range(3, 5))
+    window.update()
+    first = dist.get_rank() == 0
+    for target, state in ((average, loaded), (window, ring)):
+        before = {name: mine(tensor).clone() for name, tensor in target.tensors.items()}
+        if not first:
+            with pytest.raises(polyak.MatchError, match=r"part of the state.*\(0,"):
+                target.load_state_dict(state)
+            same({n: mine(t) for n, t in target.tensors.items()}, before, "refused")
+            target.update(now=9)
+    alone = Average(Net(), polyak.Power(sigma_rel=0.1))
+    before = {name: tensor.clone() for name, tensor in alone.tensors.items()}
+    with pytest.raises(polyak.AveragingError) as caught:  # here the first rank would need others
+        alone.load_state_dict(loaded)
+    assert caught.type is (polyak.OrderError if first else polyak.MatchError)
+    same(alone.tensors, before, "alone")
+    alone.update()
+    with pytest.raises(polyak.AveragingError, match="DTensor in a file of torch"):
+        polyak.load_checkpoint(average, folder / "first.pt")
+
+
+def average_group(layout: str) -> Any:
+    return dist.group.WORLD if layout.startswith("replicas") else None
+
+
+def incidents(layout: str, folder: Path) -> list[int]:
+    """A NaN in the part of the last rank, a checkpoint, and how many this rank counts after it."""
+    model, average = trained(layout, "wide", 1)
+    with torch.no_grad():
+        if dist.get_rank() == dist.get_world_size() - 1:
+            mine(tensors_of(model)["second.weight"]).fill_(float("nan"))
+    average.update()
+    counted = [sum(average.report().nonfinite.values())]
+    dcp_save({"average": average.state_dict()}, checkpoint_id=folder)
+    polyak.load_checkpoint(average, folder)
+    return [*counted, sum(average.report().nonfinite.values())]
+
+
+class Halves(nn.Module):
+    """Two layers on two meshes, as experts beside data parallelism."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        meshes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "experts"))
+        self.dense, self.expert = nn.Linear(4, 4), nn.Linear(4, 4)
+        fully_shard(self.dense, mesh=meshes["data"])
+        for name, parameter in list(self.expert.named_parameters()):
+            cut = distribute_tensor(parameter.detach(), meshes["experts"], [Shard(0)])
+            setattr(self.expert, name, nn.Parameter(cut))
+
+
+def two_meshes(folder: Path) -> str:
+    """No mesh has all ranks, and the export gathers over both: an error of one stops all."""
+    model = Halves()
+    average = Average(model)
+    polyak.save(average, folder / "whole.safetensors")
+    with torch.no_grad():
+        if dist.get_rank() == 3:
+            mine(model.expert.weight).fill_(1e6)
+    average.reset()
+    with pytest.raises(polyak.AveragingError) as caught:
+        polyak.save(average, folder / "narrow.safetensors", dtype=torch.float16)
+    dist.barrier()
+    polyak.save(average, folder / "again.safetensors")
+    return caught.typename
+
+
+def outside_of_the_mesh(folder: Path) -> None:
+    """A tensor that the last rank has no part in, beside one that all have whole."""
+    model = nn.Module()
+    mesh = DeviceMesh("cpu", [0, 1])
+    model.part = nn.Parameter(distribute_tensor(torch.arange(4.0), mesh, [Shard(0)]))
+    model.all = nn.Parameter(torch.ones(2))
+    average = Average(model)
+    average.update()
+    with average.applied():
+        pass
+    polyak.check_ranks(average)
+    polyak.save(average, folder / "averaged.safetensors")

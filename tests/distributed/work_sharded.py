@@ -9,12 +9,21 @@ import torch
 import torch.distributed as dist
 from spread import AVERAGED, LAYOUTS, Net, mine, same, tensors_of, train, value, whole, wholes
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 import polyak
+from polyak._sharding import spread_like
+from polyak.compat import ema_pytorch, swa_utils, yolov5
 from ranks import count_collectives
 
 BATCH = torch.linspace(-1, 1, 24).view(4, 6)
@@ -575,3 +584,101 @@ def ties() -> None:
         same(model(tokens).clone(), alone(tokens), "applied")
     with torch.no_grad():
         same(model(tokens).clone(), alone(tokens), "live again")
+
+
+# ── what is silent, and what is refused ──────────────────────────────────────────────────────────
+
+
+def silent_uses(layout: str) -> list[int]:
+    """How many collectives each use of shards issues that the model has likewise."""
+    model, second = LAYOUTS[layout].net(), LAYOUTS[layout].net()
+    train(tensors_of(model), 1)
+    average = polyak.Average(model)
+    average.update()
+    state, counts = average.state_dict(), []
+
+    def lend() -> None:
+        with average.applied():
+            pass
+
+    uses: list[Callable[[], object]] = [
+        lend,
+        average.weights,
+        lambda: average.copy_to(second),
+        lambda: average.load_state_dict(state),
+        average.report,
+    ]
+    for use in uses:
+        with count_collectives() as counted:
+            use()
+        counts.append(counted.total)
+    return counts
+
+
+def named_while_gathered() -> str:
+    """Parameters as a forward pass without a backward leaves them in the root group."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    shards = dict(model.named_parameters())
+    with torch.no_grad():
+        model(BATCH)
+    gathered = {name: getattr(model[int(name[0])], name[2:]) for name in shards}
+    assert not any(isinstance(tensor, DTensor) for tensor in gathered.values())
+    with pytest.raises(polyak.ArgumentError, match="named tensors must be the shards") as caught:
+        polyak.Average(gathered)
+    polyak.Average(shards).update()
+    return str(caught.value)
+
+
+def second_modules() -> dict[str, str]:
+    """What the drop-in classes that keep a second module say of an FSDP2 model."""
+    makers: dict[str, Callable[[nn.Module], object]] = {
+        "swa_utils": swa_utils.AveragedModel,
+        "ema_pytorch": ema_pytorch.EMA,
+        "yolov5": yolov5.ModelEMA,
+    }
+    messages = {}
+    for name, make in makers.items():
+        with pytest.raises(polyak.ArgumentError) as caught:
+            make(LAYOUTS["fsdp-2"].net())
+        messages[name] = str(caught.value)
+    return messages
+
+
+def piece_stays_where_it_is() -> None:
+    """Shards may be kept elsewhere than the mesh's device, as `CPUOffloadPolicy` keeps them."""
+    mesh = init_device_mesh("cpu", (2,))
+    like: Any = DTensor.from_local(torch.zeros(3, 2), mesh, [Shard(0)], run_check=False)
+    with FakeTensorMode():  # or no other device need be here
+        there = torch.empty(3, 2, dtype=torch.bfloat16, device="cuda")
+        spread = spread_like(there, like)
+    assert laid_out(spread) == laid_out(like)
+    assert (spread.shape, spread.stride()) == (like.shape, like.stride())
+    assert mine(spread).device.type == "cuda"
+    assert mine(spread).dtype == spread.dtype == torch.bfloat16
+    assert not spread.requires_grad
+
+
+def waits_for_offloaded_shards(offload: bool) -> list[int]:
+    """How often a device is waited for at both ends of a block, before anything is written."""
+    policy = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
+    model, waits = LAYOUTS["fsdp-2"].net(offload_policy=policy), []
+    train(tensors_of(model), 1)
+    average = polyak.Average(model)
+    train(tensors_of(model), 2)
+    average.update()
+    shards = {name: mine(tensor) for name, tensor in model.named_parameters()}
+
+    def wait() -> None:
+        waits.append({name: part.clone() for name, part in shards.items()})
+
+    before = {name: part.clone() for name, part in shards.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        patch.setattr(torch.accelerator, "synchronize", wait)
+        with average.applied():
+            lent = {name: part.clone() for name, part in shards.items()}
+    if offload:
+        same(waits[0], before, "waited for on entry")
+        same(waits[-1], lent, "waited for on exit")
+    return [len(waits)]

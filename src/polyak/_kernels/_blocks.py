@@ -106,6 +106,8 @@ class BlockPlan:
         self._short = {s for s, average in enumerate(averages[0]) if average.dtype in _SHORT_RANGE}
         self._join_blocks()
 
+    # No `no_grad` here: what we are given is detached, and to enter it is a tenth of an update of
+    # a small model.
     def mix_(
         self,
         weights: Sequence[float],
@@ -200,7 +202,7 @@ class BlockPlan:
         self._exact = self._suspects | self._short
         self._loose: list[Block] = []
         large: list[list[Block]] = []
-        runs: dict[torch.dtype, list[list[Block]]] = {}  # of small ones, by what is read
+        runs: dict[torch.dtype, list[_Run]] = {}  # of small ones, by what is read
         for block in self._blocks:
             if block.slot in self._exact or not _is_quick(block):
                 self._loose.append(block)
@@ -208,7 +210,7 @@ class BlockPlan:
                 large.append([block])
             else:
                 _join(runs.setdefault(block.live.dtype, []), block)
-        joined = [*(run for some in runs.values() for run in some), *large]
+        joined = [*(run.blocks for some in runs.values() for run in some), *large]
         joined.sort(key=lambda blocks: -sum(block.live.numel() for block in blocks))
         scratch: dict[torch.dtype, Tensor] = {}  # the first to ask needs most
         self._stretches = [_stretch(blocks, scratch) for blocks in joined]
@@ -237,14 +239,24 @@ def _is_quick(block: Block) -> bool:
     return all(t.dim() == 1 and t.is_contiguous() for t in (live, *block.averages))
 
 
-def _join(runs: list[list[Block]], block: Block) -> None:
+@dataclass
+class _Run:
+    """Small blocks whose averages adjoin, and how many elements they have."""
+
+    blocks: list[Block]
+    size: int
+
+
+def _join(runs: list[_Run], block: Block) -> None:
     """Add `block` to the last run where its averages go on from there, else begin another."""
-    run = runs[-1] if runs else []
-    room = ROW - sum(other.live.numel() for other in run)
-    if run and block.live.numel() <= room and all(map(follows, block.averages, run[-1].averages)):
-        run.append(block)
-    else:
-        runs.append([block])
+    size = block.live.numel()
+    if runs and runs[-1].size + size <= ROW:
+        last = runs[-1].blocks[-1]
+        if all(map(follows, block.averages, last.averages)):
+            runs[-1].blocks.append(block)
+            runs[-1].size += size
+            return
+    runs.append(_Run([block], size))
 
 
 def _stretch(blocks: list[Block], scratch: dict[torch.dtype, Tensor]) -> Stretch:
@@ -257,7 +269,7 @@ def _stretch(blocks: list[Block], scratch: dict[torch.dtype, Tensor]) -> Stretch
     def room(dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):  # else it could not be written outside of it
             if dtype not in scratch:
-                scratch[dtype] = torch.empty(size, dtype=dtype)
+                scratch[dtype] = torch.empty(size, dtype=dtype, device="cpu")
         return scratch[dtype][:size]
 
     gathered = None if len(pieces) == 1 else room(pieces[0].dtype)

@@ -99,7 +99,8 @@ def lerp_finite_(
     """
     live, old = widened(live, average), widened(average, average)
     if live.device.type == "cpu" and torch.equal(live, old):
-        return torch.zeros((), dtype=torch.int64)  # a constant, as attention masks with -inf are
+        # A constant, as attention masks with -inf are.
+        return torch.zeros((), dtype=torch.int64, device="cpu")
     count = held_back(average, live).sum()
     if weight == 0.0:
         return count

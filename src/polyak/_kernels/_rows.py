@@ -16,36 +16,43 @@ SMALL = 1 << 13
 ROW = 1 << 16
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
+def side_by_side(tensors: Sequence[Tensor], read_as: Sequence[torch.dtype]) -> list[Tensor]:
     """The same values in the same shapes and strides; small ones share rows of memory, in order.
 
     Only on the CPU, where the calls for each tensor are what costs: kernels for accelerators take
     tensors wherever they are. Tensors that are alone in their row stay as they are.
+
+    Args:
+        tensors: averages.
+        read_as: the dtypes of what flows into them: a row is read together, so it has one.
     """
     placed = list(tensors)
-    for row in _rows(tensors):
+    for row in _rows(tensors, read_as):
         flat = [views[0] for slot in row if (views := flat_views([tensors[slot]]))]
         pieces = torch.cat(flat).split([piece.numel() for piece in flat])
         for slot, piece in zip(row, pieces, strict=True):
             shape, stride = tensors[slot].shape, tensors[slot].stride()
-            placed[slot] = piece.as_strided(shape, stride, piece.storage_offset())
+            view = piece.as_strided(shape, stride, piece.storage_offset())
+            # Without the base that a view keeps: a copy of the average has none either, and who
+            # holds its memory is counted in both.
+            placed[slot] = view.detach()
     return placed
 
 
-def _rows(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of small dense tensors of one dtype, as many as fit a row, at least two."""
-    open_rows: dict[torch.dtype, tuple[list[int], int]] = {}
-    for index, tensor in enumerate(tensors):
+def _rows(tensors: Sequence[Tensor], read_as: Sequence[torch.dtype]) -> Iterator[list[int]]:
+    """Indices of small dense tensors of one pair of dtypes, as many as fit a row, at least two."""
+    open_rows: dict[tuple[torch.dtype, torch.dtype], tuple[list[int], int]] = {}
+    for index, (tensor, live) in enumerate(zip(tensors, read_as, strict=True)):
         if not 0 < tensor.numel() <= SMALL or tensor.device.type != "cpu":
             continue
         if flat_views([tensor]) is None:
             continue
-        row, used = open_rows.get(tensor.dtype, ([], 0))
+        row, used = open_rows.get((tensor.dtype, live), ([], 0))
         if used + tensor.numel() > ROW:
             yield row
             row, used = [], 0
         row.append(index)
-        open_rows[tensor.dtype] = (row, used + tensor.numel())
+        open_rows[tensor.dtype, live] = (row, used + tensor.numel())
     yield from (row for row, _ in open_rows.values() if len(row) > 1)
 
 

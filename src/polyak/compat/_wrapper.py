@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._average import Average
-from .._engine import check_undamaged, count_holders, kind
+from .._engine import check_undamaged, kind
 from .._errors import ArgumentError, MatchError, OrderError
 from .._history import History
 from .._identities import schedule_state
@@ -209,15 +209,15 @@ class AverageModule(nn.Module):
         """Let the average live where the averaged module lives now."""
         engine = self.average._engine
         row, shown = engine.rows[0], take_inventory(getattr(self, self._child))
+        moved = {}
         for slot, entry in enumerate(engine.entries):
             device = shown.entries[shown.index[entry.name]].live().device
             if row.tensors[slot].device != device:
-                row.tensors[slot] = row.tensors[slot].to(device)
-                row.holders[slot] = count_holders(row.tensors[slot])
+                moved[slot] = row.tensors[slot].to(device)
+        engine.give_memory(row, moved)
         pairs = list(zip(engine.entries, row.tensors, strict=True))
         if any(entry.live().device != tensor.device for entry, tensor in pairs):
             engine._device = pairs[0][1].device  # else it would go after the live weights
-        engine.drop_plans()
         engine.show()
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────
