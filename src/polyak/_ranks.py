@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # a build of torch may be without it
     from torch.distributed import ProcessGroup
 
 
-def mesh_of(engine: Engine) -> Any:
+def mesh_of_average(engine: Engine) -> Any:
     """The `DeviceMesh` over which an average is spread, of several the largest; None if it is not.
 
     Replicas of a mesh (tensor parallelism with data parallelism around it) know nothing of each

@@ -14,7 +14,7 @@ from ._average import Uses, check_is_average
 from ._engine import Engine
 from ._errors import ArgumentError
 from ._files import TensorInfo, Writer, file_writer, open_checkpoint
-from ._ranks import leads_in, mesh_of
+from ._ranks import leads_in, mesh_of_average
 from ._roles import take_inventory
 from ._sharding import agreed
 from ._version import version_of_polyak
@@ -74,7 +74,7 @@ def save(
     # may be called "polyak".
     words = {**dropped, "polyak": json.dumps(about)}
     spread = engine.rows[row].tensors
-    leads = leads_in(mesh_of(engine))
+    leads = leads_in(mesh_of_average(engine))
     with ExitStack() as stack:
         writer: Writer | None = None
         with agreed(spread, "save"):

@@ -239,41 +239,35 @@ def check_can_be_cut(tensor: Tensor, name: str) -> None:
 # ── FSDP2: a module shows its shards, or for a while whole parameters in their place ──────────────
 
 
-def _fsdp_states(model: nn.Module) -> list[Any]:
-    """FSDP2's records of the modules whose groups hold parameters of `model`, in a fixed order.
-
-    `fully_shard` may have been called on a module around it: then nothing in `model` tells.
-    """
+def _all_states(otherwise: Iterable[nn.Module] = ()) -> list[Any]:
+    """FSDP2's records of every module in the process; of `otherwise` where torch keeps no list."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     wrapped = getattr(fsdp, "FSDPModule", None)
     if wrapped is None:
         return []
     composed = sys.modules.get("torch.distributed._composable_state")
-    everywhere = getattr(composed, "_module_state_mapping", None)
-    inside = {id(module) for module in model.modules()}
-    states = [
-        owner._get_fsdp_state()
-        for owner in (model.modules() if everywhere is None else list(everywhere))
-        if isinstance(owner, wrapped)
-    ]
+    owners = list(getattr(composed, "_module_state_mapping", otherwise))
+    states = [owner._get_fsdp_state() for owner in owners if isinstance(owner, wrapped)]
+    return list({id(state): state for state in states}.values())
+
+
+def _fsdp_states(model: nn.Module) -> list[Any]:
+    """FSDP2's records of the modules whose groups hold parameters of `model`, in a fixed order.
+
+    `fully_shard` may have been called on a module around it: then nothing in `model` tells.
+    """
+    states = _all_states(model.modules())
+    inside = {id(module) for module in model.modules()} if states else set()
     return [
         state
-        for state in {id(state): state for state in states}.values()
+        for state in states
         if any(place[0] in inside for record in _records(state) for place in _places(record))
     ]
 
 
 def is_gathered_somewhere(tensor: Tensor) -> bool:
     """Whether FSDP2 shows this tensor in the place of a shard, in any module of the process."""
-    composed = sys.modules.get("torch.distributed._composable_state")
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    wrapped = getattr(fsdp, "FSDPModule", ())
-    return any(
-        is_gathered(record, tensor)
-        for owner in list(getattr(composed, "_module_state_mapping", ()))
-        if isinstance(owner, wrapped)
-        for record in _records(owner._get_fsdp_state())
-    )
+    return any(is_gathered(record, tensor) for state in _all_states() for record in _records(state))
 
 
 def _groups(state: Any) -> list[Any]:

@@ -32,7 +32,7 @@ from ._folder import (
     thinned,
 )
 from ._identities import schedule_state
-from ._ranks import mesh_of
+from ._ranks import mesh_of_average
 from ._roles import Entry
 from ._schedules import After, Schedule
 from ._serving import SnapshotReport, serving
@@ -478,7 +478,7 @@ class Snapshots:
 
 def _team(engine: Engine) -> tuple[Team, bool]:
     """The ranks that write together, and whether they can while training goes on."""
-    mesh = mesh_of(engine)
+    mesh = mesh_of_average(engine)
     return (ALONE, True) if mesh is None else team_among(mesh.mesh.flatten().tolist())
 
 
