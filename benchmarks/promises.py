@@ -20,14 +20,21 @@ BLOCK_BYTES, BLOCK_OF_PEER = 64e6, 1.4
 # On a GPU, from 25M parameters up.
 SHARE_OF_BANDWIDTH, SHARE_OF_STEP = 0.85, 0.01
 
-Promise = tuple[str, float, float]
+Promise = tuple[str, float | None, float]  # None: what it speaks of could not be measured
 
 
 def judge(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each promise that the results speak of, with what was measured and whether it was kept."""
+    """Each promise that the results speak of, with what was measured and whether it was kept.
+
+    What could not be measured (a missing library, a system that does not tell) is not kept.
+    """
     on_device = _on_gpu if found["device"] == "cuda" else _on_cpu
     return {
-        name: {"measured": measured, "at most": most, "kept": measured <= most}
+        name: {
+            "measured": measured,
+            "at most": most,
+            "kept": measured is not None and measured <= most,
+        }
         for name, measured, most in on_device(Times(found))
     }
 
@@ -63,12 +70,13 @@ class Times:
         ]
         return min(rows, key=lambda row: float(row["seconds"]), default=None)
 
-    def of_fastest(self, model: str, live: str, who: str) -> float | None:
-        """Time as a multiple of the fastest right peer's."""
+    def of_fastest(self, name: str, model: str, live: str, who: str, most: float) -> list[Promise]:
+        """Time as a multiple of the fastest right peer's, if the model was measured at all."""
         ours, theirs = self.of(model, live, 1, who), self.fastest(model, live)
-        if ours is None or theirs is None:
-            return None
-        return float(ours["seconds"] / theirs["seconds"])
+        if ours is None:
+            return []
+        ratio = None if theirs is None else float(ours["seconds"] / theirs["seconds"])
+        return [(f"{model}: {name}, of the fastest right peer", ratio, most)]
 
     def use(self, what: str) -> dict[str, dict[str, Any]]:
         """The rows of one use, by contestant."""
@@ -84,19 +92,17 @@ def _on_cpu(times: Times) -> Iterator[Promise]:
         ("update without the guard", BARE, BARE_OF_PEER),
     ):
         for model, most in bounds.items():
-            if (ratio := times.of_fastest(model, "float32", who)) is not None:
-                yield f"{model}: {what}, of the fastest right peer", ratio, most
+            yield from times.of_fastest(what, model, "float32", who, most)
     for model in LARGE:
         bare, guarded = (times.of(model, "float32", 1, who) for who in (BARE, GUARDED))
         if bare and guarded:
             most = BARE_OF_LIMIT[model]
             yield f"{model}: update without the guard, of the limit", bare["of_limit"], most
-            ratio = guarded["seconds"] / bare["seconds"]
-            yield f"{model}: update, of that without the guard", ratio, GUARD_OF_BARE
+            share = guarded["seconds"] / bare["seconds"]
+            yield f"{model}: update, of that without the guard", share, GUARD_OF_BARE
     for model in times.models:
-        if (ratio := times.of_fastest(model, "bfloat16", GUARDED)) is not None:
-            name = f"{model}: bfloat16 into float32, of the fastest right peer"
-            yield name, ratio, NARROW_OF_PEER
+        name = "bfloat16 into float32"
+        yield from times.of_fastest(name, model, "bfloat16", GUARDED, NARROW_OF_PEER)
     yield from _block(times)
 
 
@@ -104,13 +110,12 @@ def _block(times: Times) -> Iterator[Promise]:
     found = times.use("block")
     if (ours := found.pop(GUARDED, None)) is None:
         return
-    if ours["extra"] is not None:
-        yield "GPT-2-like: applied(), extra MB", ours["extra"] / 1e6, BLOCK_BYTES / 1e6
+    extra = None if ours["extra"] is None else ours["extra"] / 1e6
+    yield "GPT-2-like: applied(), extra MB", extra, BLOCK_BYTES / 1e6
     returning = {one["who"] for one in times.found["answers"] if one["returns"]}
     theirs = [row["seconds"] for who, row in found.items() if who in returning]
-    if theirs:
-        name = "GPT-2-like: applied() in and out, of the fastest right peer"
-        yield name, ours["seconds"] / min(theirs), BLOCK_OF_PEER
+    ratio = ours["seconds"] / min(theirs) if theirs else None
+    yield "GPT-2-like: applied() in and out, of the fastest right peer", ratio, BLOCK_OF_PEER
 
 
 def _on_gpu(times: Times) -> Iterator[Promise]:

@@ -34,7 +34,8 @@ def promised(found: Mapping[str, Any]) -> str:
     rows = []
     for name, said in found["promises"].items():
         kept = "yes" if said["kept"] else "**no**"
-        rows.append([name, f"{said['measured']:.3g}", f"{said['at most']:.3g}", kept])
+        measured = "not measured" if said["measured"] is None else f"{said['measured']:.3g}"
+        rows.append([name, measured, f"{said['at most']:.3g}", kept])
     return table(head, rows)
 
 

@@ -399,7 +399,8 @@ def main() -> None:
     print()
     for promise, said in result["promises"].items():
         mark = "kept" if said["kept"] else "BROKEN"
-        print(f"{promise}: {said['measured']:.4g}, at most {said['at most']:.4g}: {mark}")
+        measured = "not measured" if said["measured"] is None else f"{said['measured']:.4g}"
+        print(f"{promise}: {measured}, at most {said['at most']:.4g}: {mark}")
     print(f"took {time.perf_counter() - began:.0f} s")
 
     whole = set(models) == set(MODELS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
-from polyak._kernels import _exchange
+from polyak._kernels import _exchange, fingerprint
 from zoo import ZOO, Animal, Bits, bits, bits_of, tensors_of, train_step
 
 
@@ -785,6 +785,49 @@ def test_average_written_inside_the_block_is_lost_and_refused(
     with average.applied():
         pass
     assert not average.report().notes
+
+
+@pytest.mark.parametrize("size", [3, 300, 8_000])
+@pytest.mark.parametrize("place", [0, 1_023, 1_024, 4_111, 4_112, 8_999])
+def test_one_number_written_unseen_is_found_wherever_it_lies(
+    place: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any piece of a tensor that is exchanged by pieces; its neighbours are not blamed."""
+    monkeypatch.setattr(_exchange, "CACHE_BYTES", 4 * 4_112)
+    live = {"before": torch.ones(size), "it": torch.randn(9_000), "after": torch.ones(size)}
+    average = polyak.Average(live, polyak.Exponential(decay=0.5, debias=False))
+    before = {name: tensor.clone() for name, tensor in live.items()}
+
+    def write() -> None:
+        with average.applied():
+            live["it"].data[place] += 1.0
+
+    with pytest.raises(polyak.OrderError, match=r"1 changed: \['it'\]"):
+        write()
+    for name, tensor in live.items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("size", [1, 7, 2_055, 2_056, 8_224, 30_001])
+def test_each_bit_shows_in_the_fingerprint(dtype: torch.dtype, offset: int, size: int) -> None:
+    """A changed bit, and two values that change places, at whatever address they begin."""
+    generator = torch.Generator().manual_seed(size)
+    bits = torch.randint(0, 127, (size + offset, dtype.itemsize), generator=generator)
+    tensor = bits.to(torch.uint8).view(dtype).view(-1)[offset:]
+    before = fingerprint(tensor)
+    assert torch.equal(fingerprint(tensor), before)
+    data = tensor.view(torch.uint8)
+    for place in {0, data.numel() // 2, data.numel() - 1}:
+        data[place] ^= 1
+        assert not torch.equal(fingerprint(tensor), before)
+        data[place] ^= 1
+    if data.numel() > 9:
+        data[0], data[9] = 200, 201
+        before = fingerprint(tensor)
+        data[0], data[9] = 201, 200
+        assert not torch.equal(fingerprint(tensor), before)
 
 
 @pytest.mark.parametrize("change", UNCOUNTED)

@@ -118,7 +118,8 @@ def run(
         if not torch.isfinite(comparable(tensor)).all()
     }
     counts = kind(rows, live, suspects).mix_(weights, guard=guard)
-    return rows, {slot: int(count) for slot, count in counts.items() if int(count)}
+    listed = [] if counts is None else counts.tolist()
+    return rows, {slot: count for slot, count in enumerate(listed) if count}
 
 
 @guards

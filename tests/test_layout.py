@@ -23,6 +23,7 @@ FLOORS = [
     "_coefficients",
     "_fit",
     "_sharding",
+    "_places",
     "_roles",
     "_kernels",
     "_engine",

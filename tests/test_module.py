@@ -1113,7 +1113,9 @@ def test_making_and_dropping_many_leaves_updates_as_cheap_as_before() -> None:
     model = net()
     average = polyak.Average(model, HALF)
     average.module()  # gives each average memory of its own, once
-    step(model, average)
+    step(model, average)  # cuts views
+    with Snags():
+        step(model, average)  # learns how to ask, under this mode, whether they are still good
     with Snags() as before:
         step(model, average)
 

@@ -164,6 +164,7 @@ def test_tensor_without_data_is_refused(build: Callable[..., Use]) -> None:
     ("settings", "words"),
     [
         ({"now": math.nan}, r"now must be a finite number, got nan"),
+        ({"now": 10**400}, r"now must be a finite number, got 1000\d*\.\.\.\d*0\. Times go up to"),
         ({"now": math.inf}, r"now must be a finite number, got inf"),
         ({"nonfinite": "sikp"}, r"nonfinite must be.*'sikp'"),
         ({"dtype": torch.int64}, r"dtype must be a floating.*int64"),

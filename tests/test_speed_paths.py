@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import polyak
 from polyak import _kernels as kernels
+from polyak import _places
 from polyak._kernels import _blocks, _rows
 from polyak._kernels._blocks import BlockPlan
 
@@ -110,7 +111,7 @@ def test_a_small_model_is_one_read_one_check_and_one_mix() -> None:
     [(_, plan)] = average._engine._cached.plans
 
     assert isinstance(plan, BlockPlan)
-    assert [len(stretch.blocks) for stretch in plan._stretches] == [5]
+    assert [len(stretch.blocks) for stretch in plan._stretches(guard=True)] == [5]
     assert [block.slot for block in plan._loose] == [5]
     assert average.tensors["mask"].tolist() == [0.0, -math.inf]
 
@@ -126,7 +127,9 @@ def test_a_healed_average_joins_its_row() -> None:
     [(_, plan)] = average._engine._plans(average._engine.rows)
 
     assert isinstance(plan, BlockPlan)
-    assert [[block.slot for block in stretch.blocks] for stretch in plan._stretches] == [[0, 1, 2]]
+    assert [
+        [block.slot for block in stretch.blocks] for stretch in plan._stretches(guard=True)
+    ] == [[0, 1, 2]]
     assert average.tensors["b"].tolist() == [4.0, 3.25]
 
 
@@ -257,7 +260,7 @@ def test_scratch_is_made_once(live_dtype: torch.dtype, monkeypatch: pytest.Monke
     [(_, plan)] = average._engine._plans(average._engine.rows)
     assert isinstance(plan, BlockPlan)
 
-    read = [stretch.read() for stretch in plan._stretches]
+    read = [stretch.read() for stretch in plan._stretches(guard=True)]
 
     owned = {t.untyped_storage().data_ptr() for t in live.values()}
     scratch = {t.untyped_storage().data_ptr() for t in read} - owned
@@ -381,4 +384,150 @@ def test_weights_of_two_dtypes_are_read_in_two_stretches() -> None:
 
     [(_, plan)] = average._engine._plans(average._engine.rows)
     assert isinstance(plan, BlockPlan)
-    assert len(plan._stretches) == 2
+    assert len(plan._stretches(guard=True)) == 2
+
+
+# ── where the live weights are ───────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(params=["guards", "no guards"])
+def way_of_asking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the guards of torch.compile, and as on a torch that has none."""
+    if request.param == "no guards":
+        monkeypatch.setattr(_places, "TensorGuards", None)
+
+
+@pytest.mark.usefixtures("way_of_asking")
+def test_other_strides_of_the_same_memory_are_seen() -> None:
+    """Same object, address, shape and size: only the order of the elements is another."""
+    model = nn.Linear(2, 2, bias=False)
+    average = polyak.Average(model, HALF)
+    nn.init.zeros_(model.weight)
+    for _ in range(60):
+        average.update()
+    model.weight.data.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    model.weight.data = model.weight.data.t()
+
+    average.update()
+
+    assert torch.allclose(average.tensors["weight"], torch.tensor([[0.5, 1.5], [1.0, 2.0]]))
+
+
+@pytest.mark.usefixtures("way_of_asking")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.view(2, 8), "keep its shape"),
+        (lambda t: t.view(torch.int32), "stay floating point"),
+        (lambda t: t[:2], "keep its shape"),
+    ],
+    ids=["shape", "dtype", "length"],
+)
+def test_other_meanings_of_the_same_memory_are_refused(
+    change: Callable[[Tensor], Tensor], words: str
+) -> None:
+    """The address is the same, and what lies there is not what was averaged."""
+    parameter = nn.Parameter(torch.ones(4, 4))
+    average = polyak.Average({"w": parameter})
+    average.update()
+    average.update()
+    parameter.requires_grad_(False).data = change(parameter.data)
+
+    with pytest.raises(polyak.MatchError, match=words):
+        average.update()
+    assert average.updates == 2
+
+
+@pytest.mark.usefixtures("way_of_asking")
+def test_frozen_weights_are_where_they_were() -> None:
+    """`requires_grad` and the mode of autograd say nothing about memory: no view is cut anew."""
+    model = nn.Linear(3, 2)
+    average = polyak.Average(model, HALF)
+    average.update()
+    before = average._engine._cached
+    assert before is not None
+
+    model.requires_grad_(False)
+    average.update()
+    with torch.no_grad():
+        average.update()
+    with torch.inference_mode():
+        average.update()
+
+    assert average._engine._cached is before
+
+
+def test_a_copied_average_looks_at_its_own_weights() -> None:
+    """Views and addresses of the original do not come along."""
+    model = nn.Linear(2, 2)
+    average = polyak.Average(model, HALF)
+    average.update()
+    average.update()
+    twin, twin_average = copy.deepcopy((model, average))
+    before = average.tensors["weight"].clone()
+    nn.init.zeros_(twin.weight)
+
+    twin_average.update()
+
+    assert torch.equal(twin_average.tensors["weight"], before / 2)
+    assert torch.equal(average.tensors["weight"], before)
+
+
+# ── large tensors ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_the_guard_large_tensors_stay_whole(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless they are converted on the way; the bits are those of blocks."""
+    monkeypatch.setattr(_blocks, "BLOCK", 10_000)
+    monkeypatch.setattr(_blocks, "CONVERTED", 9_000)
+    generator = torch.Generator().manual_seed(0)
+    live = {
+        name: torch.randn(size, generator=generator).to(dtype)
+        for name, size in (("a", 27_000), ("b", 7), ("c", 8_500), ("d", 3))
+    }
+    guarded = polyak.Average(live, HALF)
+    bare = polyak.Average(live, HALF, nonfinite="ignore")
+    for tensor in live.values():
+        tensor.mul_(-3.0)
+
+    guarded.update()
+    bare.update()
+
+    for name, tensor in bare.tensors.items():
+        assert torch.equal(tensor, guarded.tensors[name]), name
+    [(_, plan)] = bare._engine._plans(bare._engine.rows)
+    assert isinstance(plan, BlockPlan)
+    sizes = [
+        [block.live.numel() for block in stretch.blocks] for stretch in plan._stretches(guard=False)
+    ]
+    large = [[27_000]] if dtype == torch.float32 else [[9_000]] * 3
+    assert sizes == [*large, [8_500], [7, 3]]
+
+
+# ── what was held back ───────────────────────────────────────────────────────────────────────────
+
+
+def test_counts_add_up_over_updates_and_new_plans() -> None:
+    """Also for slots of two storage dtypes, and when someone reads them in between."""
+    live = {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.float64), "c": torch.ones(4)}
+    average = polyak.Average(live, HALF)
+
+    def spoiled() -> None:
+        for name, tensor in live.items():
+            tensor[: 1 if name == "a" else 2] = math.nan
+        average.update()
+
+    spoiled()
+    spoiled()
+    assert average.report().nonfinite == {"a": 2, "b": 4, "c": 4}
+    average._engine.drop_plans()
+    spoiled()
+    live["a"].data = torch.full((3,), math.inf)
+    average.update()
+    assert average.report().nonfinite == {"a": 6, "b": 8, "c": 8}
+    assert average.state_dict()["nonfinite"] == {"a": 6, "b": 8, "c": 8}
+    average.reset()
+    assert average.report().nonfinite == {}

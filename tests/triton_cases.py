@@ -145,7 +145,8 @@ def run(
     if options.get("skip") is not None:
         options["skip"] = options["skip"].to(device)
     counts = kind(rows, now, suspects, parts).mix_(weights, **options)
-    return [[t.cpu() for t in row] for row in rows], {s: int(n) for s, n in counts.items() if n}
+    listed = [] if counts is None else counts.tolist()
+    return [[t.cpu() for t in row] for row in rows], {s: n for s, n in enumerate(listed) if n}
 
 
 def agree(result: Tensor, expected: Tensor) -> bool:

@@ -85,7 +85,6 @@ class _Lender:
 
     def __init__(self, engine: Engine, row: int) -> None:
         self._engine, self._row = engine, row
-        self._lent: list[Tensor] = []  # fingerprints of what was lent, once all of it was
         self.changed: list[str] = []  # parameters that somebody else wrote, replaced or moved
         averages = engine.values(row)
         engine.drop_plans()  # their views would count as somebody looking
@@ -142,7 +141,6 @@ class _Lender:
             self._loan.live[live.entry.name] = spread_like(live.backup, live.tensor)
         self._engine.lend(self._loan)
         self._exchange.do()
-        self._lent = kernels.fingerprints([p.data for p in self._parameters if p.swapped])
         for live, average in self._copies:
             if average is not None:
                 kernels.write_(live.data, piece_for(average, live.tensor, live.data.dtype))
@@ -175,8 +173,8 @@ class _Lender:
     def _restore(self) -> None:
         for live in (*self._parameters, *self._buffers):
             live.point_back()
-        self._look_for_changes()
         self._exchange.undo()
+        self._look_for_changes()
         for live, _ in self._copies:
             if live.backup is not None:
                 kernels.write_(live.data, live.backup)
@@ -188,13 +186,10 @@ class _Lender:
         self._loan = Loan(self._row, [], {}, self._memory)
 
     def _look_for_changes(self) -> None:
-        """Note parameters that somebody wrote, before the way back writes them too."""
+        """Note parameters that somebody wrote: by their versions, or by their bits."""
         swapped = [p for p in self._parameters if p.swapped]
         written = {id(p) for p in self._parameters if version_of(p.tensor) != p.version}
-        if self._lent:  # all was lent, and this is asked for the first time
-            now = kernels.fingerprints([p.data for p in swapped])
-            written |= {id(swapped[i]) for i in kernels.differing(self._lent, now)}
-            self._lent = []
+        written |= {id(swapped[pair]) for pair in self._exchange.written()}
         for parameter in self._parameters:
             name = parameter.entry.name
             if (id(parameter) in written or parameter.moved) and name not in self.changed:

@@ -3,6 +3,7 @@
 import inspect
 import math
 import numbers
+import reprlib
 import sys
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ from . import _kernels as kernels
 from ._errors import ArgumentError, AveragingWarning, MatchError, OrderError, show_time
 from ._history import History
 from ._identities import constant_decay
+from ._places import Places
 from ._roles import Entry, Inventory, check_some_averaged
 from ._schedules import Schedule
 from ._sharding import (
@@ -38,6 +40,8 @@ if TYPE_CHECKING:  # a build of torch may be without it
 
 NonFinite = Literal["skip", "raise", "ignore"]
 Rounding = Literal["nearest", "stochastic"]
+
+_LATEST = 10**300  # whole numbers know no end, the floats that schedules compute with do
 
 # Memory that some average has lent its weights to at this moment: nobody may average it, or lend
 # it a second time, until it is given back. Process-wide, since averages of one model are many.
@@ -151,13 +155,8 @@ class _Plans:
     ) -> None:
         self.plans = plans
         self._live = live
-        # A cast or move in place, or another `.data`, swaps the memory behind the same parameter.
-        # While our views keep the old memory alive, the new one has another address.
-        self._views = [plain(tensor) for tensor in live]
+        self._places = Places([plain(tensor) for tensor in live])
         self._is_sharded = any(is_sharded(tensor) for tensor in live)
-        # Memory that is freed or moved under its storage (`resize_`, `share_memory_`) takes our
-        # views along, but not the addresses that a kernel was given.
-        self._addresses = list(map(Tensor.data_ptr, self._views))
 
     def is_where_it_was(self, entries: Sequence[Entry]) -> bool:
         """Whether the live tensors are the same, in the same memory, shape and order.
@@ -170,13 +169,7 @@ class _Plans:
             live = [local(entry.live()) for entry in entries]
         elif self._is_sharded:
             live = [local(tensor) for tensor in live]
-        try:
-            return (
-                all(map(Tensor.is_set_to, live, self._views))
-                and list(map(Tensor.data_ptr, live)) == self._addresses
-            )
-        except NotImplementedError:  # a device for which torch does not say
-            return list(map(place_of, live)) == list(map(place_of, self._views))
+        return self._places.still_hold(live)
 
 
 class Engine:
@@ -259,6 +252,10 @@ class Engine:
         self._least_share = max(map(unit_roundoff, self._dtypes))  # below it some storage may stall
         self.copy_live()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the plans: they are views of these tensors, and a copy has others."""
+        return {**vars(self), "_cached": None}
+
     # ── the clock ────────────────────────────────────────────────────────────────────────────────
 
     def _start_clock(self, now: float) -> None:
@@ -266,7 +263,7 @@ class Engine:
         self.origin = self.now = now
         self.updates = 0
         self.history = History()
-        self.held_back: dict[str, Tensor | int] = {}  # elements that were not finite, by name
+        self.held_back = {}
         self.steps = 0  # optimizer steps seen by a follower since the last update
         self._doubts: list[Doubt] = []  # steps that the device may have skipped
         self._warned: set[str] = set()
@@ -321,18 +318,18 @@ class Engine:
             row.damage = "an update was interrupted half-way"
         doubt = None if skip is None else self._doubt(skip)
         self.fold([1.0 - decay for decay in decays], self.rows, skip)
-        for row, decay in zip(self.rows, decays, strict=True):
-            row.memory.fold(decay, elapsed)
-            row.norms = {}
         self.commit(now)
         if doubt is not None:
             self._doubts.append(doubt)
-        for row in self.rows:
+        for row, decay in zip(self.rows, decays, strict=True):
+            row.memory.fold(decay, elapsed)
+            row.norms = {}
             row.damage = ""
         if self.views:
             self.show()
-        for watch in list(self.watchers.values()):
-            watch()
+        if self.watchers:
+            for watch in list(self.watchers.values()):
+                watch()
         if 1.0 - max(decays) < self._least_share:
             self._warn_of_stall(decays)  # last: a warning may be an error
         return decays
@@ -377,9 +374,32 @@ class Engine:
         for slots, plan in self._plans(rows):
             keys = None if self.rounding == "nearest" else self._rounding_keys(slots)
             counts = plan.mix_(weights, guard=guard, keys=keys, skip=skip)
-            for slot, count in counts.items():
-                name = self.entries[slots[slot]].name
-                self.held_back[name] = self.held_back.get(name, 0) + count
+            if counts is not None:
+                self._note_held_back(slots, counts)
+
+    def _note_held_back(self, slots: list[int], counts: Tensor) -> None:
+        """Add to the counts of these slots, on the device: an update does not wait for them."""
+        for index, (known, total) in enumerate(self._counted):
+            if total.device == counts.device and (known is slots or known == slots):
+                self._counted[index] = (slots, total + counts)
+                return
+        self._counted.append((slots, counts))
+
+    @property
+    def held_back(self) -> dict[str, int]:
+        """How many elements were not finite, by name; waits for the device."""
+        for slots, counts in self._counted:
+            for slot, count in zip(slots, counts.tolist(), strict=True):
+                if count:
+                    name = self.entries[slot].name
+                    self._held_back[name] = self._held_back.get(name, 0) + count
+        self._counted.clear()
+        return self._held_back
+
+    @held_back.setter
+    def held_back(self, counts: dict[str, int]) -> None:
+        self._held_back = counts
+        self._counted: list[tuple[list[int], Tensor]] = []  # slots, and what is not read yet
 
     def commit(self, now: float) -> None:
         """Move the clock to `now`."""
@@ -696,6 +716,7 @@ class Engine:
                     [live[slot] for slot in slots],
                     {i for i, slot in enumerate(slots) if slot in self._suspects},
                     [self.parts[slot] for slot in slots],
+                    self.nonfinite != "ignore",
                 ),
             )
             for slots in groups.values()
@@ -786,11 +807,16 @@ def _is_ours(frame: FrameType) -> bool:
 
 def check_time(now: object, name: str = "now") -> float:
     """`now` as a plain finite number, whole ones kept whole."""
-    if type(now) is int:
+    if type(now) is int and -_LATEST <= now <= _LATEST:
         return now
-    if isinstance(now, bool) or not isinstance(now, numbers.Real) or not math.isfinite(now):
-        raise ArgumentError(f"{name} must be a finite number, got {now!r}.")
-    return int(now) if isinstance(now, numbers.Integral) else float(now)
+    value = math.nan
+    if not isinstance(now, bool) and isinstance(now, numbers.Real):
+        value = float(now) if abs(now) <= _LATEST else math.inf  # type: ignore[operator]
+    if not math.isfinite(value):
+        raise ArgumentError(
+            f"{name} must be a finite number, got {reprlib.repr(now)}. Times go up to 1e300."
+        )
+    return int(now) if isinstance(now, numbers.Integral) else value
 
 
 def is_count(value: object) -> bool:
@@ -875,11 +901,6 @@ def kind(tensor: Tensor) -> str:
     if tensor.is_floating_point():
         return "floating point"
     return "boolean" if tensor.dtype == torch.bool else "integer"
-
-
-def place_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """Where the elements lie: the address, and how to walk from there."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def version_of(tensor: Tensor) -> int:

@@ -101,7 +101,7 @@ def report(engine: Engine, row: int, *, rule: str, stored: Sequence[Tensor]) -> 
         stall_gap=engine.stall_gap(row),
         stored_bytes=sum(plain(t).nbytes for t in stored),
         tensors=_tensors(engine),
-        nonfinite={name: int(n) for name, n in engine.held_back.items() if int(n)},
+        nonfinite={name: n for name, n in engine.held_back.items() if n},
         notes=tuple(notes(engine, row)),
     )
 

@@ -4,7 +4,7 @@ import fnmatch
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from operator import is_, itemgetter
 from typing import Any, Literal, cast
 
 import torch
@@ -77,36 +77,47 @@ class Entry:
 class _Tree:
     """The modules of a model as they were at the last look, and what hung in them.
 
-    Compared as lists, which is how a thousand modules cost no more than some ten microseconds.
+    Asked before every update: by maps over the modules' own dicts, a fifth of a microsecond a
+    module. Most have no children, or no buffers: of these it only matters that it is still so.
     """
 
-    modules: list[nn.Module]
-    children: list[dict[str, nn.Module | None]]
-    owners: list[Mapping[str, Tensor | None]]  # the modules' own dicts of parameters and buffers
+    modules: list[dict[str, Any]]  # their attributes
+    childless: list[dict[str, Any]]
+    bufferless: list[dict[str, Any]]
+    parents: list[dict[str, Any]]
+    children: list[dict[str, nn.Module | None]]  # of the parents
+    owners: list[Mapping[str, Tensor | None]]  # the modules' own dicts of parameters, of buffers
     counts: list[int]
 
     @classmethod
     def of(cls, model: nn.Module) -> "_Tree":
         """The tree of `model` as it is now."""
-        modules = list({id(module): module for _, module in walk(model)}.values())
-        owners = _owners(modules)
-        return cls(modules, [dict(m._modules) for m in modules], owners, list(map(len, owners)))
+        modules = list({id(module): vars(module) for _, module in walk(model)}.values())
+        parents = [module for module in modules if _CHILDREN(module)]
+        owners = [*map(_PARAMETERS, modules), *filter(None, map(_BUFFERS, modules))]
+        return cls(
+            modules,
+            [module for module in modules if not _CHILDREN(module)],
+            [module for module in modules if not _BUFFERS(module)],
+            parents,
+            [dict(_CHILDREN(module)) for module in parents],
+            owners,
+            list(map(len, owners)),
+        )
 
     def has_changed(self) -> bool:
         """Whether a module was exchanged, has grown, or was given other dicts."""
-        owners = _owners(self.modules)
+        if any(map(_CHILDREN, self.childless)) or any(map(_BUFFERS, self.bufferless)):
+            return True
+        owners = [*map(_PARAMETERS, self.modules), *filter(None, map(_BUFFERS, self.modules))]
         return (
-            list(map(_CHILDREN, self.modules)) != self.children
-            or not all(map(is_, owners, self.owners))
+            list(map(_CHILDREN, self.parents)) != self.children
             or list(map(len, owners)) != self.counts
+            or not all(map(is_, owners, self.owners))
         )
 
 
-_CHILDREN, _PARAMETERS, _BUFFERS = map(attrgetter, ("_modules", "_parameters", "_buffers"))
-
-
-def _owners(modules: Sequence[nn.Module]) -> list[Mapping[str, Tensor | None]]:
-    return [*map(_PARAMETERS, modules), *map(_BUFFERS, modules)]
+_CHILDREN, _PARAMETERS, _BUFFERS = map(itemgetter, ("_modules", "_parameters", "_buffers"))
 
 
 @dataclass(eq=False)

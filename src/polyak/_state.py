@@ -60,9 +60,7 @@ def engine_state(engine: Engine, kind: str, rows: Mapping[str, int]) -> dict[str
         },
         "rounding": {"mode": engine.rounding, "seed": engine.seed},
         # Each rank counts in its own part: what one has seen must not become that of all.
-        "nonfinite": {}
-        if engine.is_spread
-        else {name: int(count) for name, count in engine.held_back.items()},
+        "nonfinite": {} if engine.is_spread else dict(engine.held_back),
         "averages": {name: _row_state(engine, row, copies=lent) for name, row in rows.items()},
     }
     ties = {alias: entry.name for entry in engine.inventory.entries for alias in entry.aliases}
@@ -260,7 +258,7 @@ def _clock(state: Mapping[str, Any]) -> tuple[float, float, int, int, History]:
     return origin, now, updates, steps, history
 
 
-def _incidents(engine: Engine, state: Mapping[str, Any]) -> dict[str, Tensor | int]:
+def _incidents(engine: Engine, state: Mapping[str, Any]) -> dict[str, int]:
     counts = part(state, "nonfinite", Mapping)
     unknown = sorted(set(counts) - set(engine.slots))
     if unknown:

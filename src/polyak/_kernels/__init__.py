@@ -16,8 +16,7 @@ from ._elements import lerp_ as lerp_
 from ._elements import storage_dtype as storage_dtype
 from ._exchange import Exchange as Exchange
 from ._exchange import can_exchange as can_exchange
-from ._fingerprint import differing as differing
-from ._fingerprint import fingerprints as fingerprints
+from ._fingerprint import fingerprint as fingerprint
 from ._flat import overlaps_itself as overlaps_itself
 from ._flat import write_ as write_
 from ._foreach import ForeachPlan
@@ -37,8 +36,13 @@ class MixPlan(Protocol):
         guard: bool,
         keys: Sequence[int] | None = None,
         skip: Tensor | None = None,
-    ) -> dict[int, Tensor]:
-        """Fold the live tensors into each average; return elements held back, by slot."""
+    ) -> Tensor | None:
+        """Fold the live tensors into each average.
+
+        Returns:
+            How many elements of each slot were held back, [slots] int64, on the device of the
+            averages: nobody has waited for it. None when there are none for sure.
+        """
 
     def not_finite(self) -> dict[int, int]:
         """Count live elements that are not finite, by slot."""
@@ -49,6 +53,7 @@ def plan(
     live: Sequence[Tensor],
     suspects: set[int],
     parts: Sequence[Part | None] | None = None,
+    guard: bool = True,
 ) -> MixPlan:
     """Choose the backend for averages that all lie on one device.
 
@@ -58,8 +63,9 @@ def plan(
         suspects: slots whose averages hold NaN or inf.
         parts: [slots], where the elements lie in a tensor that is shared out over ranks; None
             where all are here.
+        guard: whether `mix_` will be asked for the guard, so that it can be made ready now.
     """
-    return _backend(averages[0][0].device)(averages, live, suspects, parts)
+    return _backend(averages[0][0].device)(averages, live, suspects, parts, guard)
 
 
 @cache

@@ -1,8 +1,9 @@
 """CPU: block by block, so that a block is checked and mixed while it is in the cache."""
 
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,8 @@ from ._rows import ROW, SMALL, follows
 BLOCK = 1 << 20
 
 # Elements, where live weights are converted on the way: then their scratch is in the cache as well.
-# Blocks of 128k took 0.85 of the time of those of 1M.
-CONVERTED = 1 << 17
+# Blocks of 256k took 0.9 of the time of those of 1M, on one thread as on two.
+CONVERTED = 1 << 18
 
 # Their range is narrower than that of the float32 in which the quick check is made.
 _SHORT_RANGE = {torch.float16, *FLOAT8}
@@ -58,17 +59,18 @@ class Stretch:
 
     def read(self) -> Tensor:
         """The live values as one tensor that `torch.lerp` takes with the averages."""
-        live = self.pieces[0]
-        if self.gathered is not None:
+        if self.gathered is None:
+            live = self.pieces[0]
+        else:
             live = torch.cat(self.pieces, out=self.gathered)
         return live if self.wide is None else self.wide.copy_(live)
 
     def mix_(self, weights: Sequence[float], *, guard: bool) -> bool:
         """Fold the live values into each average; with `guard` only if all are surely finite."""
         live = self.read()
-        if guard and not _is_finite(live):
+        if guard and not isfinite(torch.dot(live, live).item()):
             return False
-        for average, weight in zip(self.averages, weights, strict=True):
+        for average, weight in zip(self.averages, weights):  # noqa: B905 - as many, by the plan
             if self.is_wide and 0.0 < weight < 1.0:
                 average.lerp_(live, weight)  # what `lerp_` comes to, in a quarter of the time
             else:
@@ -84,6 +86,7 @@ class BlockPlan:
         live: [slots], detached, one shape a slot.
         suspects: slots whose averages hold NaN or inf; those that heal are taken out.
         parts: [slots], where the elements lie in a tensor that is shared out over ranks.
+        guard: what `mix_` will be asked for; the other way is prepared when it comes.
     """
 
     def __init__(
@@ -92,19 +95,22 @@ class BlockPlan:
         live: Sequence[Tensor],
         suspects: set[int],
         parts: Sequence[Part | None] | None = None,
+        guard: bool = True,
     ) -> None:
-        self._blocks = [
-            block
-            for slot, tensor in enumerate(live)
-            for block in _cut(slot, [row[slot] for row in averages], tensor)
-        ]
+        self._live = live
         # The quick check looks at the live weights only, and in float32 range. An average that
         # starts out with NaN or inf (as the model did) takes the exact path until it is healed,
         # short-ranged storage always.
         self._averages, self._suspects, self._updates = averages, suspects, 0
         self._parts = [None] * len(live) if parts is None else parts
         self._short = {s for s, average in enumerate(averages[0]) if average.dtype in _SHORT_RANGE}
-        self._join_blocks()
+        self._blocks = list(self._cut(BLOCK))
+        self._sort_out()
+        self._stretches(guard=guard)
+
+    def _cut(self, length: int) -> Iterator[Block]:
+        for slot, live in enumerate(self._live):
+            yield from _cut(slot, [row[slot] for row in self._averages], live, length)
 
     # No `no_grad` here: what we are given is detached, and to enter it is a tenth of an update of
     # a small model.
@@ -115,7 +121,7 @@ class BlockPlan:
         guard: bool,
         keys: Sequence[int] | None = None,
         skip: Tensor | None = None,
-    ) -> dict[int, Tensor]:
+    ) -> Tensor | None:
         """Fold the live tensors into each average with its weight.
 
         Args:
@@ -125,11 +131,12 @@ class BlockPlan:
             skip: on the device; where it is not zero nothing changes, and nobody waits to know.
 
         Returns:
-            Elements held back because they were not finite, by slot.
+            How many elements of each slot were held back because they were not finite, [slots]
+            int64; None when there are none.
         """
-        found: dict[int, Tensor] = {}
+        found: Tensor | None = None
         one_by_one = self._blocks if keys is not None else list(self._loose)
-        for stretch in self._stretches if keys is None else ():
+        for stretch in () if keys is not None else self._stretches(guard=guard):
             kept = None if skip is None else [average.clone() for average in stretch.averages]
             if not stretch.mix_(weights, guard=guard):
                 one_by_one += stretch.blocks
@@ -146,11 +153,13 @@ class BlockPlan:
                 pairs = zip(block.averages, weights, strict=True)
                 counts = [lerp_finite_(average, live, w, bits) for average, w in pairs]
                 if counts[0]:
-                    found[block.slot] = counts[0] + found.get(block.slot, 0)
+                    if found is None:
+                        found = torch.zeros(len(self._live), dtype=torch.int64, device="cpu")
+                    found[block.slot] += counts[0]
             keep_(block.averages, kept, skip)
         if self._suspects:
             self._forget_healed()
-        return dict(sorted(found.items())) if found else found
+        return found
 
     def _bits(self, block: Block, key: int) -> Tensor:
         """Hashed bits for one block; elements are counted in logical order, not in memory's."""
@@ -181,12 +190,12 @@ class BlockPlan:
         healed = {s for s in self._suspects if all(all_finite(row[s]) for row in self._averages)}
         if healed:
             self._suspects -= healed
-            self._join_blocks()
+            self._sort_out()
 
     def not_finite(self) -> dict[int, int]:
         """Count the live elements that the guard would hold back, by slot; writes nothing."""
         doubtful = list(self._loose)
-        for stretch in self._stretches:
+        for stretch in self._stretches(guard=True):
             if not _is_finite(stretch.read()):
                 doubtful += stretch.blocks
         counts: dict[int, int] = {}
@@ -197,26 +206,33 @@ class BlockPlan:
                 counts[block.slot] = counts.get(block.slot, 0) + count
         return dict(sorted(counts.items()))
 
-    def _join_blocks(self) -> None:
-        """Sort out which blocks are read quickly, and which of these together."""
+    def _sort_out(self) -> None:
+        """Tell apart which blocks are read quickly, and forget how they were joined."""
         self._exact = self._suspects | self._short
-        self._loose: list[Block] = []
-        large: list[list[Block]] = []
-        runs: dict[torch.dtype, list[_Run]] = {}  # of small ones, by what is read
-        for block in self._blocks:
-            if block.slot in self._exact or not _is_quick(block):
-                self._loose.append(block)
-            elif block.live.numel() > SMALL:
-                large.append([block])
-            else:
-                _join(runs.setdefault(block.live.dtype, []), block)
-        joined = [*(run.blocks for some in runs.values() for run in some), *large]
-        joined.sort(key=lambda blocks: -sum(block.live.numel() for block in blocks))
-        scratch: dict[torch.dtype, Tensor] = {}  # the first to ask needs most
-        self._stretches = [_stretch(blocks, scratch) for blocks in joined]
+        self._loose = [block for block in self._blocks if not self._is_quick(block)]
+        self._joined: dict[bool, list[Stretch]] = {}
+
+    def _stretches(self, *, guard: bool) -> list[Stretch]:
+        """What is read quickly; large tensors in blocks only where they are checked first."""
+        if guard not in self._joined:
+            blocks = self._blocks if guard else self._cut(sys.maxsize)
+            self._joined[guard] = _joined([block for block in blocks if self._is_quick(block)])
+        return self._joined[guard]
+
+    def _is_quick(self, block: Block) -> bool:
+        """Whether it can be read by plain calls: flat, here, and nothing to be turned round."""
+        live = block.live
+        if (
+            block.slot in self._exact
+            or live.device.type != "cpu"
+            or live.is_conj()
+            or live.is_neg()
+        ):
+            return False
+        return all(t.dim() == 1 and t.is_contiguous() for t in (live, *block.averages))
 
 
-def _cut(slot: int, averages: list[Tensor], live: Tensor) -> Iterator[Block]:
+def _cut(slot: int, averages: list[Tensor], live: Tensor, length: int) -> Iterator[Block]:
     """Blocks of one tensor in the order of memory, or all of it where the orders differ."""
     if live.numel() == 0:
         return
@@ -225,18 +241,26 @@ def _cut(slot: int, averages: list[Tensor], live: Tensor) -> Iterator[Block]:
         yield Block(slot, averages, live, 0)
         return
     *flat_averages, flat_live = flat
-    length = BLOCK if live.dtype == averages[0].dtype else min(BLOCK, CONVERTED)
+    if live.dtype != averages[0].dtype:
+        length = min(length, CONVERTED)
     for start in range(0, live.numel(), length):
         end = start + length
         yield Block(slot, [t[start:end] for t in flat_averages], flat_live[start:end], start)
 
 
-def _is_quick(block: Block) -> bool:
-    """Whether it can be read by plain calls: flat, here, and nothing to be turned round."""
-    live = block.live
-    if live.device.type != "cpu" or live.is_conj() or live.is_neg():
-        return False
-    return all(t.dim() == 1 and t.is_contiguous() for t in (live, *block.averages))
+def _joined(blocks: Sequence[Block]) -> list[Stretch]:
+    """What is read and mixed at once: each large block, and small ones whose averages adjoin."""
+    large: list[list[Block]] = []
+    runs: dict[torch.dtype, list[_Run]] = {}  # of small ones, by what is read
+    for block in blocks:
+        if block.live.numel() > SMALL:
+            large.append([block])
+        else:
+            _join(runs.setdefault(block.live.dtype, []), block)
+    joined = [*(run.blocks for some in runs.values() for run in some), *large]
+    joined.sort(key=lambda blocks: -sum(block.live.numel() for block in blocks))
+    scratch: dict[torch.dtype, Tensor] = {}  # the first to ask needs most
+    return [_stretch(blocks, scratch) for blocks in joined]
 
 
 @dataclass
@@ -285,4 +309,4 @@ def _surely_finite(live: Tensor) -> bool:
 
 def _is_finite(flat: Tensor) -> bool:
     """A sum of squares is finite only if all are."""
-    return math.isfinite(torch.dot(flat, flat).item())
+    return isfinite(torch.dot(flat, flat).item())

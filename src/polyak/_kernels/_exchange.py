@@ -1,10 +1,12 @@
 """Exchange the values of tensors in place, through a small scratch, undoable at any point."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ._fingerprint import Bits, differing
 from ._flat import flat_views, is_dense
 
 SCRATCH_BYTES = 16 * 2**20  # for each dtype and device, at most
@@ -36,29 +38,32 @@ class Exchange:
 
     Each step writes only what the next phase no longer needs, so a step may run twice.
 
+    A piece is in the cache when it has been swapped, and when it is about to be swapped back: then
+    its fingerprint costs no read of the memory.
+
     Args:
         pairs: (live, average) with `can_exchange`; not overlapping each other.
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        pieces = _pieces(pairs)
-        self._live = [live for live, _ in pieces]
-        self._averages = [averages for _, averages in pieces]
-        self._scratch = _scratch(self._live)
+        self._pieces = _pieces(pairs)
         self._journal = (0, 0)  # pieces done, phase of the next one
+        self._lent: dict[int, list[list[Tensor]]] = {}  # sums of the live bits, by piece: swapped,
+        self._returned: dict[int, list[list[Tensor]]] = {}  # and before they were swapped back
 
     # No names for the views in these frames: a traceback that is kept would keep them too.
 
     @torch.no_grad()
     def do(self) -> None:
         """Swap all pairs."""
-        for k in range(len(self._live)):
-            torch._foreach_copy_(self._room(k), self._live[k])
+        for k in range(len(self._pieces)):
+            torch._foreach_copy_(self._pieces[k].room, self._pieces[k].live)
             self._journal = (k, 1)
-            torch._foreach_copy_(self._live[k], self._averages[k])
+            torch._foreach_copy_(self._pieces[k].live, self._pieces[k].averages)
             self._journal = (k, 2)
-            torch._foreach_copy_(self._averages[k], self._room(k))
+            torch._foreach_copy_(self._pieces[k].averages, self._pieces[k].room)
             self._journal = (k + 1, 0)
+            self._lent[k] = self._pieces[k].sums()
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -66,61 +71,85 @@ class Exchange:
         while self._journal != (0, 0):
             k, phase = self._journal
             if phase == 0:  # the piece before is swapped: its live values sit in the average
-                torch._foreach_copy_(self._room(k - 1), self._averages[k - 1])
+                self._returned[k - 1] = self._pieces[k - 1].sums()
+                torch._foreach_copy_(self._pieces[k - 1].room, self._pieces[k - 1].averages)
                 self._journal = (k - 1, 2)
             elif phase == 2:
-                torch._foreach_copy_(self._averages[k], self._live[k])
+                torch._foreach_copy_(self._pieces[k].averages, self._pieces[k].live)
                 self._journal = (k, 1)
             else:
-                torch._foreach_copy_(self._live[k], self._room(k))
+                torch._foreach_copy_(self._pieces[k].live, self._pieces[k].room)
                 self._journal = (k, 0)
+
+    def written(self) -> set[int]:
+        """After `undo`: which pairs had somebody else write the live tensor in between."""
+        both = [k for k in self._lent if k in self._returned]
+        owners = [pair for k in both for pair in self._pieces[k].owners]
+        lent, returned = (
+            [one for k in both for one in prints[k]] for prints in (self._lent, self._returned)
+        )
+        return {owners[i] for i in differing(lent, returned)}
 
     def forget(self) -> None:
         """Let go of all views, once everything is back."""
-        self._live.clear()
-        self._averages.clear()
-        self._scratch.clear()
-
-    def _room(self, k: int) -> list[Tensor]:
-        """Views into the scratch, one for each tensor of piece k."""
-        live = self._live[k]
-        scratch = self._scratch[live[0].dtype, live[0].device]
-        return list(scratch[: sum(t.numel() for t in live)].split([t.numel() for t in live]))
+        self._pieces.clear()
+        self._lent.clear()
+        self._returned.clear()
 
 
-_Piece = tuple[list[Tensor], list[Tensor]]
+@dataclass
+class _Piece:
+    """What goes through the scratch at once."""
+
+    live: list[Tensor] = field(default_factory=list)
+    averages: list[Tensor] = field(default_factory=list)
+    room: list[Tensor] = field(default_factory=list)  # views into the scratch
+    bits: list[Bits] = field(default_factory=list)  # of the live tensors
+    owners: list[int] = field(default_factory=list)  # which pair each comes from
+    used: int = 0  # elements
+
+    def sums(self) -> list[list[Tensor]]:
+        """Fingerprints of what is live now."""
+        return [bits.sums() for bits in self.bits]
 
 
 def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Piece]:
     """Cut large pairs and gather small ones, so that each piece fits the scratch."""
     pieces: list[_Piece] = []
-    open_piece: dict[tuple[torch.dtype, torch.device], tuple[_Piece, int]] = {}
-    for live, average in pairs:
+    open_piece: dict[tuple[torch.dtype, torch.device], _Piece] = {}
+    for owner, (live, average) in enumerate(pairs):
         flat = flat_views([live, average])
         assert flat is not None, "pairs are checked with can_exchange"
         limit = CACHE_BYTES if live.device.type == "cpu" else SCRATCH_BYTES
         room = min(limit, SCRATCH_BYTES) // live.element_size()
         kind = (live.dtype, live.device)
-        for start in range(0, live.numel(), room):
-            part_live, part_average = (view[start : start + room] for view in flat)
-            piece, used = open_piece.get(kind, (None, room))
-            if piece is None or used + part_live.numel() > room:
-                piece, used = ([], []), 0
-                pieces.append(piece)
-            piece[0].append(part_live)
-            piece[1].append(part_average)
-            open_piece[kind] = (piece, used + part_live.numel())
+        for part_live, part_average in zip(*(view.split(room) for view in flat), strict=True):
+            if part_live.numel() == 0:
+                continue
+            piece = open_piece.get(kind)
+            if piece is None or piece.used + part_live.numel() > room:
+                pieces.append(piece := _Piece())
+                open_piece[kind] = piece
+            piece.live.append(part_live)
+            piece.averages.append(part_average)
+            piece.bits.append(Bits(part_live))
+            piece.owners.append(owner)
+            piece.used += part_live.numel()
+    _make_room(pieces)
     return pieces
 
 
-def _scratch(
-    pieces: Sequence[Sequence[Tensor]],
-) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+def _make_room(pieces: Sequence[_Piece]) -> None:
+    """Give all pieces of one kind the same scratch."""
     needed: dict[tuple[torch.dtype, torch.device], int] = {}
-    for live in pieces:
-        kind = (live[0].dtype, live[0].device)
-        needed[kind] = max(needed.get(kind, 0), sum(t.numel() for t in live))
-    return {
+    for piece in pieces:
+        kind = (piece.live[0].dtype, piece.live[0].device)
+        needed[kind] = max(needed.get(kind, 0), piece.used)
+    scratch = {
         (dtype, device): torch.empty(size, dtype=dtype, device=device)
         for (dtype, device), size in needed.items()
     }
+    for piece in pieces:
+        room = scratch[piece.live[0].dtype, piece.live[0].device]
+        sizes = [tensor.numel() for tensor in piece.live]
+        piece.room = list(room[: piece.used].split(sizes)) if len(sizes) > 1 else [room[: sizes[0]]]

@@ -1,4 +1,4 @@
-"""Have the bits of these tensors changed? One fast read, and one wait for the device."""
+"""Have the bits of a tensor changed? One fast read, and one wait for the device."""
 
 from collections.abc import Sequence
 
@@ -10,38 +10,57 @@ from ._flat import flat_views
 _COLUMNS = 257  # odd and prime: rows, blocks and halves of a tensor do not line up with it
 
 
-@torch.no_grad()
-def fingerprints(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A short vector of sums over the bits of each dense tensor, on its device.
+class Bits:
+    """The bits of a dense tensor, to be summed up now and again.
 
     Writes through `.data` pass by the version counter of a parameter; the bits show them. The sums
     run over every 257th word of eight bytes, so moving values about shows as well.
+
+    Args:
+        tensor: dense; the same memory is read each time.
     """
-    return [_fingerprint(tensor) for tensor in tensors]
+
+    def __init__(self, tensor: Tensor) -> None:
+        flat = flat_views([tensor])
+        assert flat is not None, "only dense tensors are exchanged"
+        data = flat[0].view(torch.uint8)
+        self._summed: Tensor | None = None
+        self._others = [data]  # few: taken as they are
+        if data.storage_offset() % 8:  # cannot be read eight bytes at a time
+            return
+        end = data.numel() // 8 * 8
+        words = data[:end].view(torch.int64)
+        # Two halves: torch shares a sum out over its threads by results, and each of two cores has
+        # half of what was just copied in its cache.
+        rows = words.numel() // (2 * _COLUMNS)
+        summed = rows * 2 * _COLUMNS
+        if summed:
+            self._summed = words[:summed].view(2, rows, _COLUMNS)
+        self._others = [rest for rest in (words[summed:], data[end:]) if rest.numel()]
+
+    def sums(self) -> list[Tensor]:
+        """Sums over the bits as they are now, in short vectors on the device of the tensor."""
+        others = [rest.to(torch.int64, copy=True) for rest in self._others]
+        return others if self._summed is None else [self._summed.sum(1).view(-1), *others]
 
 
 @torch.no_grad()
-def differing(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[int]:
-    """Indices of the fingerprints that differ; where none do, one wait a device finds out."""
-    devices = {print_.device for print_ in before}
-    for device in devices:
-        pair = [torch.cat([p for p in prints if p.device == device]) for prints in (before, after)]
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A short vector of sums over the bits of a dense tensor, on its device."""
+    return torch.cat(
+        [torch.empty(0, dtype=torch.int64, device=tensor.device), *Bits(tensor).sums()]
+    )
+
+
+@torch.no_grad()
+def differing(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]) -> list[int]:
+    """Indices of the sums that differ; where none do, one wait a device finds out."""
+    flat = [[one for sums in group for one in sums] for group in (before, after)]
+    for device in {one.device for one in flat[0]}:
+        pair = [torch.cat([one for one in ones if one.device == device]) for ones in flat]
         if not torch.equal(*pair):
             break
     else:
         return []
-    return [i for i, pair in enumerate(zip(before, after, strict=True)) if not torch.equal(*pair)]
-
-
-def _fingerprint(tensor: Tensor) -> Tensor:
-    flat = flat_views([tensor])
-    assert flat is not None, "only dense tensors are exchanged"
-    data = flat[0].view(torch.uint8)
-    if data.storage_offset() % 8:  # cannot be read eight bytes at a time
-        words, rest = data.to(torch.int64), data[:0]
-    else:
-        whole = data.numel() // 8 * 8
-        words, rest = data[:whole].view(torch.int64), data[whole:]
-    even = words.numel() // _COLUMNS * _COLUMNS
-    sums = words[:even].view(-1, _COLUMNS).sum(0)
-    return torch.cat([sums, words[even:], rest.to(torch.int64)])
+    pairs = enumerate(zip(before, after, strict=True))
+    return [i for i, (a, b) in pairs if not all(map(torch.equal, a, b))]

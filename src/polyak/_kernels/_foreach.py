@@ -21,6 +21,7 @@ class ForeachPlan:
         live: [slots], detached, one shape a slot.
         suspects: not needed here: the exact path is the only guarded one.
         parts: [slots], where the elements lie in a tensor that is shared out over ranks.
+        guard: nothing is prepared for it here.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class ForeachPlan:
         live: Sequence[Tensor],
         suspects: set[int],
         parts: Sequence[Part | None] | None = None,
+        guard: bool = True,
     ) -> None:
         self._averages, self._live = averages, live
         self._parts = [None] * len(live) if parts is None else parts
@@ -41,12 +43,12 @@ class ForeachPlan:
         guard: bool,
         keys: Sequence[int] | None = None,
         skip: Tensor | None = None,
-    ) -> dict[int, Tensor]:
+    ) -> Tensor | None:
         """Fold the live tensors into each average with its weight; see `BlockPlan.mix_`.
 
-        The counts stay on the device, so a slot may be listed with a count of zero.
+        With the guard the counts are there also when all are zero: they stay on the device.
         """
-        found: dict[int, Tensor] = {}
+        found: list[Tensor] = []
         bits: list[Tensor | None] = [None] * len(self._live)
         if keys is not None:
             bits = [
@@ -60,7 +62,7 @@ class ForeachPlan:
                     count = lerp_finite_(average, live, weight, bits[slot])
                     keep_([average], kept, skip)
                     if row == 0:
-                        found[slot] = count
+                        found.append(count)
             elif keys is None and skip is None and 0.0 < weight < 1.0 and _one_dtype(averages):
                 live_wide = [
                     as_real(widened(x, y)) for x, y in zip(self._live, averages, strict=True)
@@ -71,7 +73,7 @@ class ForeachPlan:
                     kept = None if skip is None else [average.clone()]
                     lerp_(average, live, weight, own)
                     keep_([average], kept, skip)
-        return found
+        return torch.stack(found) if found else None
 
     @torch.no_grad()
     def not_finite(self) -> dict[int, int]:

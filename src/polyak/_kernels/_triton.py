@@ -65,6 +65,21 @@ class _Group:
     watched: list[Tensor]
 
 
+@dataclass(frozen=True)
+class _Others:
+    """Slots that go another way.
+
+    Args:
+        slots: which.
+        index: the same on the device: sent with each update, the host would wait for it.
+        plan: how.
+    """
+
+    slots: list[int]
+    index: Tensor
+    plan: ForeachPlan
+
+
 class TritonPlan:
     """The same arithmetic as `BlockPlan`, as one kernel over a table of addresses.
 
@@ -81,6 +96,7 @@ class TritonPlan:
         live: [slots], detached, one shape a slot.
         suspects: not needed here: each element is looked at.
         parts: [slots], where the elements lie in a tensor that is shared out over ranks.
+        guard: nothing is prepared for it here.
     """
 
     def __init__(
@@ -89,6 +105,7 @@ class TritonPlan:
         live: Sequence[Tensor],
         suspects: set[int],
         parts: Sequence[Part | None] | None = None,
+        guard: bool = True,
     ) -> None:
         self._averages, self._live = averages, live  # addresses stay good as long as the plan
         self._parts = [None] * len(live) if parts is None else parts
@@ -119,11 +136,12 @@ class TritonPlan:
         aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
         return _Kind(live.dtype, averages[0].dtype, aligned=aligned, ordered=ordered)
 
-    def _foreach(self, slots: list[int]) -> tuple[list[int], ForeachPlan]:
+    def _foreach(self, slots: list[int]) -> _Others:
         """Another plan for some of the slots."""
         rows = [[row[slot] for slot in slots] for row in self._averages]
         live = [self._live[slot] for slot in slots]
-        return slots, ForeachPlan(rows, live, set(), [self._parts[slot] for slot in slots])
+        plan = ForeachPlan(rows, live, set(), [self._parts[slot] for slot in slots])
+        return _Others(slots, torch.tensor(slots, dtype=torch.int64, device=self._device), plan)
 
     def _group(self, kind: _Kind, slots: list[int]) -> _Group:
         sizes = [self._live[slot].numel() for slot in slots]
@@ -157,29 +175,27 @@ class TritonPlan:
         guard: bool,
         keys: Sequence[int] | None = None,
         skip: Tensor | None = None,
-    ) -> dict[int, Tensor]:
+    ) -> Tensor | None:
         """Fold the live tensors into each average with its weight; see `BlockPlan.mix_`.
 
-        The counts stay on the device, so a slot may be listed with a count of zero.
+        With the guard the counts are there also when all are zero: they stay on the device.
         """
-        found: dict[int, Tensor] = {}
-        for slots, plan in [self._unfit] if keys is None else [self._unfit, self._unordered]:
-            own = None if keys is None else [keys[slot] for slot in slots]
-            counts = plan.mix_(weights, guard=guard, keys=own, skip=skip)
-            found |= {slots[index]: count for index, count in counts.items()}
         groups = [group for group in self._groups if keys is None or group.kind.ordered]
-        numbers = self._launch(groups, weights, guard, keys, skip)
-        if guard:
-            found |= {slot: n for slot, n in enumerate(numbers.unbind()) if slot not in found}
+        found = self._launch(groups, weights, guard, keys, skip)
+        for others in [self._unfit] if keys is None else [self._unfit, self._unordered]:
+            own = None if keys is None else [keys[slot] for slot in others.slots]
+            counts = others.plan.mix_(weights, guard=guard, keys=own, skip=skip)
+            if counts is not None:
+                found.index_copy_(0, others.index, counts)
         for average in (average for group in groups for average in group.watched):
             increment_version(average)  # autograd cannot see what a kernel writes
-        return found
+        return found if guard else None
 
     @torch.no_grad()
     def not_finite(self) -> dict[int, int]:
         """Count the live elements that the guard would hold back; this one does wait."""
-        slots, plan = self._unfit
-        counts = {slots[index]: count for index, count in plan.not_finite().items()}
+        unfit = self._unfit
+        counts = {unfit.slots[index]: n for index, n in unfit.plan.not_finite().items()}
         numbers = self._launch(self._groups, [0.0], True, None, None).tolist()
         counts |= {slot: number for slot, number in enumerate(numbers) if number}
         return dict(sorted(counts.items()))
