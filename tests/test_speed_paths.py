@@ -531,3 +531,43 @@ def test_counts_add_up_over_updates_and_new_plans() -> None:
     assert average.state_dict()["nonfinite"] == {"a": 6, "b": 8, "c": 8}
     average.reset()
     assert average.report().nonfinite == {}
+
+
+# ── the plan survives a block ────────────────────────────────────────────────────────────────────
+
+
+def test_a_block_leaves_the_views_for_the_next_update() -> None:
+    """To cut them for a thousand tensors takes as long as fifty updates."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(100, 100))
+    average = polyak.Average(model, HALF)
+    average.update()
+    before = average._engine._cached
+    for _ in range(2):
+        with average.applied():
+            pass
+        nn.init.ones_(model[0].weight)
+        average.update()
+
+    assert before is not None
+    assert average._engine._cached is before
+
+
+@pytest.mark.parametrize("taken", ["before", "after"])
+@pytest.mark.parametrize("size", [4, 20_000])
+def test_a_view_is_noticed_whether_taken_before_the_plan_or_after(taken: str, size: int) -> None:
+    """The plan's own views do not count, everybody else's do: the memory is not lent."""
+    live = {"a": torch.zeros(size), "b": torch.zeros(size)}
+    average = polyak.Average(live, HALF)
+    views = [average.tensors["a"].view(-1)] if taken == "before" else []
+    live["a"].fill_(1.0)
+    average.update()
+    views += [] if taken == "before" else [average.tensors["a"].view(-1)]
+    (view,) = views
+
+    with average.applied():
+        assert view.unique().tolist() == [0.5]
+        assert live["a"].unique().tolist() == [0.5]
+    del view
+    views.clear()
+    average._engine.drop_plans()
+    assert average._engine.alone(0) == [True, True]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _kernels as kernels
-from ._engine import Engine, Loan, check_fits, count_holders, version_of
+from ._engine import Engine, Loan, check_fits, version_of
 from ._errors import OrderError
 from ._roles import Entry
 from ._sharding import (
@@ -87,11 +87,9 @@ class _Lender:
         self._engine, self._row = engine, row
         self.changed: list[str] = []  # parameters that somebody else wrote, replaced or moved
         averages = engine.values(row)
-        engine.drop_plans()  # their views would count as somebody looking
         # A view that was handed out must go on showing the average, so its memory stays put. Asked
         # of all before we make views of our own: small averages share memory.
-        holders = zip(averages, engine.rows[row].holders, strict=True)
-        alone = [count_holders(average) == before != -1 for average, before in holders]
+        alone = engine.alone(row)
         norms = engine.rows[row].norms
         self._parameters: list[_Live] = []
         self._buffers: list[_Live] = []

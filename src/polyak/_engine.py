@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import is_
+from operator import is_, sub
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -148,12 +148,17 @@ class _Plans:
     Args:
         live: the live tensors, [slots].
         plans: slots, and the plan for them.
+        holders: [averages][slots], how many views of each average's memory the plans hold.
     """
 
     def __init__(
-        self, live: Sequence[Tensor], plans: list[tuple[list[int], kernels.MixPlan]]
+        self,
+        live: Sequence[Tensor],
+        plans: list[tuple[list[int], kernels.MixPlan]],
+        holders: list[list[int]],
     ) -> None:
         self.plans = plans
+        self.holders = holders
         self._live = live
         self._places = Places([plain(tensor) for tensor in live])
         self._is_sharded = any(is_sharded(tensor) for tensor in live)
@@ -564,6 +569,17 @@ class Engine:
             self._warned.add(key)
             warnings.warn(message, AveragingWarning, stacklevel=frames_to_the_user())
 
+    def alone(self, index: int) -> list[bool]:
+        """Of which averages nobody but us holds a view, [slots]."""
+        row = self.rows[index]
+        if self._cached is not None:
+            now = map(sub, map(count_holders, row.tensors), self._cached.holders[index])
+            if -1 not in row.holders and list(now) == row.holders:
+                return [True] * len(row.holders)
+            self.drop_plans()  # their views may have changed since they were counted
+        counts = zip(map(count_holders, row.tensors), row.holders, strict=True)
+        return [now == before != -1 for now, before in counts]
+
     def drop_plans(self) -> None:
         """Let go of all views into averages, so that references to their memory can be counted."""
         self._cached: _Plans | None = None
@@ -704,6 +720,7 @@ class Engine:
         if rows is self.rows and self._cached is not None:
             return self._cached.plans
         live = self.live_pieces()
+        before = [list(map(count_holders, row.tensors)) for row in rows]
         stored = [[plain(tensor) for tensor in row.tensors] for row in rows]
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for slot, tensor in enumerate(stored[0]):
@@ -722,7 +739,9 @@ class Engine:
             for slots in groups.values()
         ]
         if rows is self.rows:
-            self._cached = _Plans([entry.live() for entry in self.entries], plans)
+            after = [list(map(count_holders, row.tensors)) for row in rows]
+            holders = [list(map(sub, *counts)) for counts in zip(after, before, strict=True)]
+            self._cached = _Plans([entry.live() for entry in self.entries], plans, holders)
         return plans
 
     def _rounding_keys(self, slots: Sequence[int]) -> list[int]:

@@ -123,9 +123,10 @@ def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Piece]:
         limit = CACHE_BYTES if live.device.type == "cpu" else SCRATCH_BYTES
         room = min(limit, SCRATCH_BYTES) // live.element_size()
         kind = (live.dtype, live.device)
-        for part_live, part_average in zip(*(view.split(room) for view in flat), strict=True):
-            if part_live.numel() == 0:
-                continue
+        if live.numel() == 0:
+            continue
+        parts = [[view] if view.numel() <= room else view.split(room) for view in flat]
+        for part_live, part_average in zip(*parts, strict=True):
             piece = open_piece.get(kind)
             if piece is None or piece.used + part_live.numel() > room:
                 pieces.append(piece := _Piece())
