@@ -111,7 +111,7 @@ def test_a_small_model_is_one_read_one_check_and_one_mix() -> None:
     [(_, plan)] = average._engine._cached.plans
 
     assert isinstance(plan, BlockPlan)
-    assert [len(stretch.blocks) for stretch in plan._stretches(guard=True)] == [5]
+    assert [len(stretch.blocks) for stretch in plan._joined[True]] == [5]
     assert [block.slot for block in plan._loose] == [5]
     assert average.tensors["mask"].tolist() == [0.0, -math.inf]
 
@@ -127,9 +127,9 @@ def test_a_healed_average_joins_its_row() -> None:
     [(_, plan)] = average._engine._plans(average._engine.rows)
 
     assert isinstance(plan, BlockPlan)
-    assert [
-        [block.slot for block in stretch.blocks] for stretch in plan._stretches(guard=True)
-    ] == [[0, 1, 2]]
+    assert [[block.slot for block in stretch.blocks] for stretch in plan._joined[True]] == [
+        [0, 1, 2]
+    ]
     assert average.tensors["b"].tolist() == [4.0, 3.25]
 
 
@@ -260,7 +260,7 @@ def test_scratch_is_made_once(live_dtype: torch.dtype, monkeypatch: pytest.Monke
     [(_, plan)] = average._engine._plans(average._engine.rows)
     assert isinstance(plan, BlockPlan)
 
-    read = [stretch.read() for stretch in plan._stretches(guard=True)]
+    read = [stretch.read() for stretch in plan._joined[True]]
 
     owned = {t.untyped_storage().data_ptr() for t in live.values()}
     scratch = {t.untyped_storage().data_ptr() for t in read} - owned
@@ -384,7 +384,7 @@ def test_weights_of_two_dtypes_are_read_in_two_stretches() -> None:
 
     [(_, plan)] = average._engine._plans(average._engine.rows)
     assert isinstance(plan, BlockPlan)
-    assert len(plan._stretches(guard=True)) == 2
+    assert len(plan._joined[True]) == 2
 
 
 # ── where the live weights are ───────────────────────────────────────────────────────────────────
@@ -500,9 +500,7 @@ def test_without_the_guard_large_tensors_stay_whole(
         assert torch.equal(tensor, guarded.tensors[name]), name
     [(_, plan)] = bare._engine._plans(bare._engine.rows)
     assert isinstance(plan, BlockPlan)
-    sizes = [
-        [block.live.numel() for block in stretch.blocks] for stretch in plan._stretches(guard=False)
-    ]
+    sizes = [[block.live.numel() for block in stretch.blocks] for stretch in plan._joined[False]]
     large = [[27_000]] if dtype == torch.float32 else [[9_000]] * 3
     assert sizes == [*large, [8_500], [7, 3]]
 
@@ -538,14 +536,15 @@ def test_counts_add_up_over_updates_and_new_plans() -> None:
 
 def test_a_block_leaves_the_views_for_the_next_update() -> None:
     """To cut them for a thousand tensors takes as long as fifty updates."""
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(100, 100))
+    first = nn.Linear(3, 2)
+    model = nn.Sequential(first, nn.Linear(100, 100))
     average = polyak.Average(model, HALF)
     average.update()
     before = average._engine._cached
     for _ in range(2):
         with average.applied():
             pass
-        nn.init.ones_(model[0].weight)
+        nn.init.ones_(first.weight)
         average.update()
 
     assert before is not None

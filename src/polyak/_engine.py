@@ -318,7 +318,8 @@ class Engine:
             self._check_expressible(elapsed)
         if self.nonfinite == "raise":
             self.check_finite(self.rows)
-        self._plans(self.rows)  # what fails while views are cut has changed nothing
+        if self._cached is None:
+            self._plans(self.rows)  # what fails while views are cut has changed nothing
         for row in self.rows:  # an interrupt from here on leaves some tensors moved, some not
             row.damage = "an update was interrupted half-way"
         doubt = None if skip is None else self._doubt(skip)
@@ -879,8 +880,9 @@ def check_device(device: torch.device | str) -> torch.device:
 
 def check_decay(decay: object, schedule: Schedule) -> float:
     """The share of the old average that survives, in [0, 1]."""
-    is_number = type(decay) is float or isinstance(decay, numbers.Real)
-    value = float(decay) if is_number else math.nan  # type: ignore[arg-type]
+    if type(decay) is float and 0.0 <= decay <= 1.0:
+        return decay
+    value = float(decay) if isinstance(decay, numbers.Real) else math.nan
     if not 0.0 <= value <= 1.0:
         raise ArgumentError(f"decay must be in [0, 1], got {decay!r} from {schedule!r}.")
     return value

@@ -1,8 +1,9 @@
 """CPU: block by block, so that a block is checked and mixed while it is in the cache."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import NamedTuple
 
@@ -52,18 +53,8 @@ class Stretch:
 
     blocks: list[Block]
     averages: list[Tensor]  # of all the blocks
-    pieces: list[Tensor]  # live
-    gathered: Tensor | None  # scratch for several pieces
-    wide: Tensor | None  # scratch for the dtype of the arithmetic, where it is another one
-    is_wide: bool  # whether the averages are kept in that dtype
-
-    def read(self) -> Tensor:
-        """The live values as one tensor that `torch.lerp` takes with the averages."""
-        if self.gathered is None:
-            live = self.pieces[0]
-        else:
-            live = torch.cat(self.pieces, out=self.gathered)
-        return live if self.wide is None else self.wide.copy_(live)
+    read: Callable[[], Tensor]  # the live values now, as one tensor that `lerp_` takes with them
+    is_wide: bool  # whether the averages are kept in the dtype of the arithmetic
 
     def mix_(self, weights: Sequence[float], *, guard: bool) -> bool:
         """Fold the live values into each average; with `guard` only if all are surely finite."""
@@ -106,7 +97,7 @@ class BlockPlan:
         self._short = {s for s, average in enumerate(averages[0]) if average.dtype in _SHORT_RANGE}
         self._blocks = list(self._cut(BLOCK))
         self._sort_out()
-        self._stretches(guard=guard)
+        self._stretches(guard)
 
     def _cut(self, length: int) -> Iterator[Block]:
         for slot, live in enumerate(self._live):
@@ -136,7 +127,7 @@ class BlockPlan:
         """
         found: Tensor | None = None
         one_by_one = self._blocks if keys is not None else list(self._loose)
-        for stretch in () if keys is not None else self._stretches(guard=guard):
+        for stretch in () if keys is not None else self._stretches(guard):
             kept = None if skip is None else [average.clone() for average in stretch.averages]
             if not stretch.mix_(weights, guard=guard):
                 one_by_one += stretch.blocks
@@ -212,12 +203,14 @@ class BlockPlan:
         self._loose = [block for block in self._blocks if not self._is_quick(block)]
         self._joined: dict[bool, list[Stretch]] = {}
 
-    def _stretches(self, *, guard: bool) -> list[Stretch]:
+    def _stretches(self, guard: bool) -> list[Stretch]:
         """What is read quickly; large tensors in blocks only where they are checked first."""
-        if guard not in self._joined:
+        found = self._joined.get(guard)
+        if found is None:
             blocks = self._blocks if guard else self._cut(sys.maxsize)
-            self._joined[guard] = _joined([block for block in blocks if self._is_quick(block)])
-        return self._joined[guard]
+            found = _joined([block for block in blocks if self._is_quick(block)])
+            self._joined[guard] = found
+        return found
 
     def _is_quick(self, block: Block) -> bool:
         """Whether it can be read by plain calls: flat, here, and nothing to be turned round."""
@@ -296,10 +289,25 @@ def _stretch(blocks: list[Block], scratch: dict[torch.dtype, Tensor]) -> Stretch
                 scratch[dtype] = torch.empty(size, dtype=dtype, device="cpu")
         return scratch[dtype][:size]
 
-    gathered = None if len(pieces) == 1 else room(pieces[0].dtype)
-    wide = None if pieces[0].dtype == dtype else room(dtype)
     is_wide = all(average.dtype == dtype for average in averages)
-    return Stretch(blocks, averages, pieces, gathered, wide, is_wide)
+    return Stretch(blocks, averages, _reader(pieces, dtype, room), is_wide)
+
+
+def _reader(
+    pieces: list[Tensor], dtype: torch.dtype, room: Callable[[torch.dtype], Tensor]
+) -> Callable[[], Tensor]:
+    """A function that gathers and converts what is to be gathered and converted.
+
+    Without a frame of our own where it is called most: for one row of small tensors.
+    """
+    first = pieces[0]
+    gather = None
+    if len(pieces) > 1:
+        gather = partial(torch.cat, pieces, out=room(first.dtype))
+    if first.dtype == dtype:
+        return gather or (lambda: first)
+    wide = room(dtype)
+    return partial(wide.copy_, first) if gather is None else (lambda: wide.copy_(gather()))
 
 
 def _surely_finite(live: Tensor) -> bool:
