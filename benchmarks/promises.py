@@ -39,6 +39,11 @@ def judge(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def shown(measured: float | None) -> str:
+    """For a table."""
+    return "not measured" if measured is None else f"{measured:.3g}"
+
+
 class Times:
     """Look-ups in the results of `updates.py`.
 

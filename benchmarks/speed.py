@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from costs import in_bytes, in_time, table
-from promises import GUARDED, Times
+from promises import GUARDED, Times, shown
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "speed.md", ROOT / "README.md")
@@ -34,8 +34,7 @@ def promised(found: Mapping[str, Any]) -> str:
     rows = []
     for name, said in found["promises"].items():
         kept = "yes" if said["kept"] else "**no**"
-        measured = "not measured" if said["measured"] is None else f"{said['measured']:.3g}"
-        rows.append([name, measured, f"{said['at most']:.3g}", kept])
+        rows.append([name, shown(said["measured"]), shown(said["at most"]), kept])
     return table(head, rows)
 
 

@@ -40,7 +40,7 @@ from merge import machine
 from meters import quartiles, seconds_of, storages
 from models import build, gpt, mlp, resnet, short_gpt, tiny
 from peers import CONTESTANTS, Contestant, Running
-from promises import judge
+from promises import judge, shown
 from torch import nn
 from uses import blocks, files, training
 
@@ -399,8 +399,7 @@ def main() -> None:
     print()
     for promise, said in result["promises"].items():
         mark = "kept" if said["kept"] else "BROKEN"
-        measured = "not measured" if said["measured"] is None else f"{said['measured']:.4g}"
-        print(f"{promise}: {measured}, at most {said['at most']:.4g}: {mark}")
+        print(f"{promise}: {shown(said['measured'])}, at most {shown(said['at most'])}: {mark}")
     print(f"took {time.perf_counter() - began:.0f} s")
 
     whole = set(models) == set(MODELS)

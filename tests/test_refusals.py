@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -159,13 +160,22 @@ def test_tensor_without_data_is_refused(build: Callable[..., Use]) -> None:
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int32])
+def test_times_of_numpy_are_times(kind: Any) -> None:
+    """Also the narrow ones, which cannot hold the bound that they are compared with."""
+    average = polyak.Average({"w": torch.ones(2)})
+    average.update(kind(5))
+    assert (average.now, type(average.now)) == (5, int if kind is np.int32 else float)
+
+
 @every_build
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"now": math.nan}, r"now must be a finite number, got nan"),
         ({"now": 10**400}, r"now must be a finite number, got 1000\d*\.\.\.\d*0\. Times go up to"),
-        ({"now": math.inf}, r"now must be a finite number, got inf"),
+        ({"now": math.inf}, r"now must be a finite number, got inf\. Times go up to 1e300\.$"),
+        ({"now": "soon"}, r"now must be a finite number, got 'soon'\.$"),
         ({"nonfinite": "sikp"}, r"nonfinite must be.*'sikp'"),
         ({"dtype": torch.int64}, r"dtype must be a floating.*int64"),
         ({"dtype": torch.complex64}, r"dtype must be a floating.*complex64"),

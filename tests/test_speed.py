@@ -162,6 +162,21 @@ def test_the_block_is_judged_by_memory_and_time(benchmark: Any) -> None:
     }
 
 
+def test_a_block_that_cannot_be_judged_is_not_kept(benchmark: Any) -> None:
+    """A system that does not tell of memory, and nobody else who has a block."""
+    found = results()
+    found["uses"] = [{"what": "block", "who": "polyak", "seconds": 1.0, "extra": None}]
+    promises = benchmark("promises").judge(found)
+    assert [said["kept"] for said in promises.values()] == [False, False]
+    assert {said["measured"] for said in promises.values()} == {None}
+    table = benchmark("speed").promised({"promises": promises})
+    assert table.count("not measured") == 2
+    assert [benchmark("promises").shown(one) for one in (None, 0.12345)] == [
+        "not measured",
+        "0.123",
+    ]
+
+
 # ── the measuring ────────────────────────────────────────────────────────────────────────────────
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import polyak
 from polyak import _kernels as kernels
 from polyak import _places
 from polyak._kernels import _blocks, _rows
 from polyak._kernels._blocks import BlockPlan
+from polyak._kernels._foreach import ForeachPlan
 
 HALF = polyak.Exponential(decay=0.5, debias=False)
 
@@ -390,11 +393,19 @@ def test_weights_of_two_dtypes_are_read_in_two_stretches() -> None:
 # ── where the live weights are ───────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(params=["guards", "no guards"])
+def _not_said(*_: object) -> bool:
+    raise NotImplementedError
+
+
+@pytest.fixture(params=["guards", "other guards", "no guards", "nothing"])
 def way_of_asking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the guards of torch.compile, and as on a torch that has none."""
-    if request.param == "no guards":
+    """By the guards of torch.compile, and as on a torch or a device that has none."""
+    if request.param == "other guards":
+        monkeypatch.setattr(_places, "TensorGuards", lambda: None)
+    elif request.param != "guards":
         monkeypatch.setattr(_places, "TensorGuards", None)
+    if request.param == "nothing":
+        monkeypatch.setattr(Tensor, "is_set_to", _not_said)
 
 
 @pytest.mark.usefixtures("way_of_asking")
@@ -439,6 +450,63 @@ def test_other_meanings_of_the_same_memory_are_refused(
 
 
 @pytest.mark.usefixtures("way_of_asking")
+@pytest.mark.parametrize("leave", ["freed", "moved"])
+def test_an_address_that_another_tensor_gets_is_no_proof(leave: str) -> None:
+    """Memory freed or moved under our views, and new values at the very place where it was."""
+    parameter = nn.Parameter(torch.zeros(1_000))
+    average = polyak.Average({"w": parameter}, HALF)
+    average.update()
+    average.update()
+    address = parameter.data_ptr()
+    if leave == "freed":
+        parameter.data.untyped_storage().resize_(0)
+    else:
+        parameter.data.share_memory_()
+    kept = []
+    for _ in range(200):
+        kept.append(torch.empty(1_000))
+        if kept[-1].data_ptr() == address:
+            break
+    parameter.data = kept[-1].fill_(8.0)
+
+    average.update()
+
+    assert average.tensors["w"].unique().tolist() == [4.0]
+
+
+def test_a_mode_that_refuses_all_operations_costs_nothing() -> None:
+    """It refuses before anything is marked as half done: the next update is as ever."""
+    model = nn.Linear(2, 2)
+    average = polyak.Average(model, HALF)
+    for _ in range(3):
+        average.update()
+
+    with pytest.raises(Exception, match=r"[Ff]ake"), FakeTensorMode():
+        average.update()
+
+    average.update()
+    assert average.updates == 4
+
+
+def test_guards_that_always_say_no_are_not_made_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for one tensor under two names; the slow answer is right, too."""
+    made = []
+
+    class Never:
+        def __init__(self, *_: object, **__: object) -> None:
+            made.append(self)
+
+        def check(self, *_: object) -> bool:
+            return False
+
+    monkeypatch.setattr(_places, "TensorGuards", Never)
+    average = polyak.Average({"w": torch.ones(3)}, HALF)
+    for _ in range(10):
+        average.update()
+    assert len(made) == 4
+
+
+@pytest.mark.usefixtures("way_of_asking")
 def test_frozen_weights_are_where_they_were() -> None:
     """`requires_grad` and the mode of autograd say nothing about memory: no view is cut anew."""
     model = nn.Linear(3, 2)
@@ -455,6 +523,52 @@ def test_frozen_weights_are_where_they_were() -> None:
         average.update()
 
     assert average._engine._cached is before
+
+
+def _replaced(model: nn.Sequential) -> None:
+    del model[1:]
+    model[0] = nn.Linear(2, 2)
+
+
+def _given_another_state(model: nn.Sequential) -> None:
+    model[0].__setstate__(dict(nn.Linear(2, 2).__dict__))
+
+
+def _given_other_children(model: nn.Sequential) -> None:
+    model._modules = dict(nn.Sequential(nn.Linear(2, 2), nn.Tanh())._modules)
+
+
+def _given_one_more(model: nn.Sequential) -> None:
+    model[0].register_parameter("more", nn.Parameter(torch.ones(1)))
+
+
+def _given_a_buffer(model: nn.Sequential) -> None:
+    model[0].register_buffer("more", torch.ones(1))
+
+
+@pytest.mark.parametrize("copied", ["not", "deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "change",
+    [_replaced, _given_another_state, _given_other_children, _given_one_more, _given_a_buffer],
+)
+def test_other_tensors_in_the_modules_are_noticed_in_copies_too(
+    change: Callable[[nn.Sequential], None], copied: str
+) -> None:
+    """At the next update, and not only in the original."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    average = polyak.Average(model, HALF)
+    for _ in range(3):
+        average.update()
+    if copied == "deepcopy":
+        model, average = copy.deepcopy((model, average))
+    elif copied == "pickle":
+        model, average = pickle.loads(pickle.dumps((model, average)))
+    for _ in range(2):
+        average.update()
+    change(model)
+
+    with pytest.raises(polyak.MatchError):
+        average.update()
 
 
 def test_a_copied_average_looks_at_its_own_weights() -> None:
@@ -476,9 +590,17 @@ def test_a_copied_average_looks_at_its_own_weights() -> None:
 # ── large tensors ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ],
+)
 def test_without_the_guard_large_tensors_stay_whole(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, stored: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless they are converted on the way; the bits are those of blocks."""
     monkeypatch.setattr(_blocks, "BLOCK", 10_000)
@@ -488,8 +610,8 @@ def test_without_the_guard_large_tensors_stay_whole(
         name: torch.randn(size, generator=generator).to(dtype)
         for name, size in (("a", 27_000), ("b", 7), ("c", 8_500), ("d", 3))
     }
-    guarded = polyak.Average(live, HALF)
-    bare = polyak.Average(live, HALF, nonfinite="ignore")
+    guarded = polyak.Average(live, HALF, dtype=stored)
+    bare = polyak.Average(live, HALF, dtype=stored, nonfinite="ignore")
     for tensor in live.values():
         tensor.mul_(-3.0)
 
@@ -501,8 +623,9 @@ def test_without_the_guard_large_tensors_stay_whole(
     [(_, plan)] = bare._engine._plans(bare._engine.rows)
     assert isinstance(plan, BlockPlan)
     sizes = [[block.live.numel() for block in stretch.blocks] for stretch in plan._joined[False]]
-    large = [[27_000]] if dtype == torch.float32 else [[9_000]] * 3
+    large = [[27_000]] if dtype == torch.float32 and stored is None else [[9_000]] * 3
     assert sizes == [*large, [8_500], [7, 3]]
+    assert list(plan._joined) == [False], "nothing was prepared for the guard"
 
 
 # ── what was held back ───────────────────────────────────────────────────────────────────────────
@@ -511,14 +634,17 @@ def test_without_the_guard_large_tensors_stay_whole(
 def test_counts_add_up_over_updates_and_new_plans() -> None:
     """Also for slots of two storage dtypes, and when someone reads them in between."""
     live = {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.float64), "c": torch.ones(4)}
+    live["d"] = torch.ones(5, dtype=torch.float64)
     average = polyak.Average(live, HALF)
 
     def spoiled() -> None:
         for name, tensor in live.items():
-            tensor[: 1 if name == "a" else 2] = math.nan
+            if name != "d":
+                tensor[: 1 if name == "a" else 2] = math.nan
         average.update()
 
-    spoiled()
+    with torch.inference_mode():
+        spoiled()
     spoiled()
     assert average.report().nonfinite == {"a": 2, "b": 4, "c": 4}
     average._engine.drop_plans()
@@ -527,8 +653,20 @@ def test_counts_add_up_over_updates_and_new_plans() -> None:
     average.update()
     assert average.report().nonfinite == {"a": 6, "b": 8, "c": 8}
     assert average.state_dict()["nonfinite"] == {"a": 6, "b": 8, "c": 8}
+    spoiled()
     average.reset()
-    assert average.report().nonfinite == {}
+    assert average.report().nonfinite == {}, "what nobody had read is forgotten, too"
+
+
+def test_several_averages_have_one_count() -> None:
+    """An element is held back once, however many averages it would have gone into."""
+    live = [torch.tensor([1.0, math.nan]), torch.tensor([math.inf, math.nan, 1.0])]
+    rows = [[torch.zeros(2), torch.zeros(3)] for _ in range(3)]
+    for kind in (BlockPlan, ForeachPlan):
+        counts = kind(rows, live, set()).mix_([0.5] * 3, guard=True)
+        assert counts is not None
+        assert counts.tolist() == [1, 2]
+        assert kind(rows, live, set()).mix_([0.5] * 3, guard=False) is None
 
 
 # ── the plan survives a block ────────────────────────────────────────────────────────────────────

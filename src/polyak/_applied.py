@@ -172,12 +172,12 @@ class _Lender:
         for live in (*self._parameters, *self._buffers):
             live.point_back()
         self._exchange.undo()
-        self._look_for_changes()
         for live, _ in self._copies:
             if live.backup is not None:
                 kernels.write_(live.data, live.backup)
         reshard(self._engine.inventory.model, after_error=True)
         self._engine.end_loan()
+        self._look_for_changes()  # when all is back: nothing that fails here costs a value
         # A traceback that somebody keeps holds these, and with them views of the averages.
         self._exchange.forget()
         self._parameters, self._buffers, self._copies = [], [], []
@@ -187,7 +187,7 @@ class _Lender:
         """Note parameters that somebody wrote: by their versions, or by their bits."""
         swapped = [p for p in self._parameters if p.swapped]
         written = {id(p) for p in self._parameters if version_of(p.tensor) != p.version}
-        written |= {id(swapped[pair]) for pair in self._exchange.written()}
+        written |= {id(swapped[pair]) for pair in self._exchange.written}
         for parameter in self._parameters:
             name = parameter.entry.name
             if (id(parameter) in written or parameter.moved) and name not in self.changed:

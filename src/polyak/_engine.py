@@ -387,19 +387,21 @@ class Engine:
         """Add to the counts of these slots, on the device: an update does not wait for them."""
         for index, (known, total) in enumerate(self._counted):
             if total.device == counts.device and (known is slots or known == slots):
+                # Not in place: it may have been made under inference_mode.
                 self._counted[index] = (slots, total + counts)
                 return
         self._counted.append((slots, counts))
 
     @property
     def held_back(self) -> dict[str, int]:
-        """How many elements were not finite, by name; waits for the device."""
-        for slots, counts in self._counted:
-            for slot, count in zip(slots, counts.tolist(), strict=True):
-                if count:
-                    name = self.entries[slot].name
-                    self._held_back[name] = self._held_back.get(name, 0) + count
-        self._counted.clear()
+        """How many elements the guard held back, by name; waits for the device."""
+        if self._counted:
+            total = Counter(self._held_back)
+            for slots, counts in self._counted:
+                for slot, count in zip(slots, counts.tolist(), strict=True):
+                    if count:
+                        total[self.entries[slot].name] += count
+            self.held_back = dict(total)  # all at once, or an interrupt would count some twice
         return self._held_back
 
     @held_back.setter
@@ -829,13 +831,14 @@ def check_time(now: object, name: str = "now") -> float:
     """`now` as a plain finite number, whole ones kept whole."""
     if type(now) is int and -_LATEST <= now <= _LATEST:
         return now
-    value = math.nan
-    if not isinstance(now, bool) and isinstance(now, numbers.Real):
-        value = float(now) if abs(now) <= _LATEST else math.inf  # type: ignore[operator]
-    if not math.isfinite(value):
-        raise ArgumentError(
-            f"{name} must be a finite number, got {reprlib.repr(now)}. Times go up to 1e300."
-        )
+    try:
+        is_number = isinstance(now, numbers.Real) and not isinstance(now, bool)
+        value = float(now) if is_number else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        value = math.inf
+    if not abs(value) <= _LATEST:
+        limit = " Times go up to 1e300." if abs(value) > _LATEST else ""
+        raise ArgumentError(f"{name} must be a finite number, got {reprlib.repr(now)}.{limit}")
     return int(now) if isinstance(now, numbers.Integral) else value
 
 

@@ -78,27 +78,27 @@ class _Tree:
     """The modules of a model as they were at the last look, and what hung in them.
 
     Asked before every update: by maps over the modules' own dicts, a fifth of a microsecond a
-    module. Most have no children, or no buffers: of these it only matters that it is still so.
+    module. Most have no children: of these it only matters that it is still so.
     """
 
     modules: list[dict[str, Any]]  # their attributes
     childless: list[dict[str, Any]]
-    bufferless: list[dict[str, Any]]
     parents: list[dict[str, Any]]
     children: list[dict[str, nn.Module | None]]  # of the parents
     owners: list[Mapping[str, Tensor | None]]  # the modules' own dicts of parameters, of buffers
     counts: list[int]
 
     @classmethod
-    def of(cls, model: nn.Module) -> "_Tree":
-        """The tree of `model` as it is now."""
+    def of(cls, model: nn.Module) -> "_Tree | None":
+        """The tree of `model` as it is now; None where a class keeps its own in another way."""
         modules = list({id(module): vars(module) for _, module in walk(model)}.values())
+        if not all({"_modules", "_parameters", "_buffers"} <= module.keys() for module in modules):
+            return None
         parents = [module for module in modules if _CHILDREN(module)]
-        owners = [*map(_PARAMETERS, modules), *filter(None, map(_BUFFERS, modules))]
+        owners = _owners(modules)
         return cls(
             modules,
             [module for module in modules if not _CHILDREN(module)],
-            [module for module in modules if not _BUFFERS(module)],
             parents,
             [dict(_CHILDREN(module)) for module in parents],
             owners,
@@ -107,9 +107,9 @@ class _Tree:
 
     def has_changed(self) -> bool:
         """Whether a module was exchanged, has grown, or was given other dicts."""
-        if any(map(_CHILDREN, self.childless)) or any(map(_BUFFERS, self.bufferless)):
+        if any(map(_CHILDREN, self.childless)):
             return True
-        owners = [*map(_PARAMETERS, self.modules), *filter(None, map(_BUFFERS, self.modules))]
+        owners = _owners(self.modules)
         return (
             list(map(_CHILDREN, self.parents)) != self.children
             or list(map(len, owners)) != self.counts
@@ -118,6 +118,11 @@ class _Tree:
 
 
 _CHILDREN, _PARAMETERS, _BUFFERS = map(itemgetter, ("_modules", "_parameters", "_buffers"))
+
+
+def _owners(modules: Sequence[dict[str, Any]]) -> list[Mapping[str, Tensor | None]]:
+    """The dicts that tensors hang in, of buffers only those that have some."""
+    return [*map(_PARAMETERS, modules), *filter(None, map(_BUFFERS, modules))]
 
 
 @dataclass(eq=False)
@@ -145,8 +150,12 @@ class Inventory:
         A wrapper put around a layer, or batch norms converted, keep the parameters and their
         names: that is followed. Other parameters under a name are a `MatchError`.
         """
-        if self.tree is not None and self.tree.has_changed():
+        if self.model is not None and (self.tree is None or self.tree.has_changed()):
             self.look_again()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the tree: a copied module keeps its attributes in a dict of its own."""
+        return {**vars(self), "tree": None}
 
     def look_again(self) -> None:
         """Find every tensor by its name; `MatchError` for one that is gone, replaced or new."""

@@ -41,7 +41,8 @@ class MixPlan(Protocol):
 
         Returns:
             How many elements of each slot were held back, [slots] int64, on the device of the
-            averages: nobody has waited for it. None when there are none for sure.
+            averages: nobody has waited for it. None when there are none for sure, and without the
+            guard.
         """
 
     def not_finite(self) -> dict[int, int]:

@@ -234,7 +234,7 @@ def _cut(slot: int, averages: list[Tensor], live: Tensor, length: int) -> Iterat
         yield Block(slot, averages, live, 0)
         return
     *flat_averages, flat_live = flat
-    if live.dtype != averages[0].dtype:
+    if live.dtype != averages[0].dtype or live.dtype not in WIDE:
         length = min(length, CONVERTED)
     for start in range(0, live.numel(), length):
         end = start + length

@@ -23,6 +23,7 @@ def can_exchange(live: Tensor, average: Tensor) -> bool:
         and live.device == average.device
         and live.stride() == average.stride()
         and is_dense(live)
+        and not (live.is_conj() or live.is_neg())  # their bits are not their values
     )
 
 
@@ -43,13 +44,17 @@ class Exchange:
 
     Args:
         pairs: (live, average) with `can_exchange`; not overlapping each other.
+
+    Attributes:
+        written: after `undo`, which pairs had somebody else write the live tensor in between.
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._pieces = _pieces(pairs)
         self._journal = (0, 0)  # pieces done, phase of the next one
-        self._lent: dict[int, list[list[Tensor]]] = {}  # sums of the live bits, by piece: swapped,
-        self._returned: dict[int, list[list[Tensor]]] = {}  # and before they were swapped back
+        self.written: set[int] = set()
+        self._lent: dict[int, list[list[Tensor]]] = {}  # sums of the live bits, by piece
+        self._is_blind = False  # they cannot be taken any more
 
     # No names for the views in these frames: a traceback that is kept would keep them too.
 
@@ -71,7 +76,7 @@ class Exchange:
         while self._journal != (0, 0):
             k, phase = self._journal
             if phase == 0:  # the piece before is swapped: its live values sit in the average
-                self._returned[k - 1] = self._pieces[k - 1].sums()
+                self._look(k - 1)  # before the journal moves on: after an interrupt it is due again
                 torch._foreach_copy_(self._pieces[k - 1].room, self._pieces[k - 1].averages)
                 self._journal = (k - 1, 2)
             elif phase == 2:
@@ -81,20 +86,27 @@ class Exchange:
                 torch._foreach_copy_(self._pieces[k].live, self._pieces[k].room)
                 self._journal = (k, 0)
 
-    def written(self) -> set[int]:
-        """After `undo`: which pairs had somebody else write the live tensor in between."""
-        both = [k for k in self._lent if k in self._returned]
-        owners = [pair for k in both for pair in self._pieces[k].owners]
-        lent, returned = (
-            [one for k in both for one in prints[k]] for prints in (self._lent, self._returned)
-        )
-        return {owners[i] for i in differing(lent, returned)}
+    def _look(self, k: int) -> None:
+        """Note which tensors of a piece that comes back were written by somebody else.
+
+        The first time that this fails is an error like any other. Then the values are what counts:
+        they come back unseen, and all of the piece is taken for written.
+        """
+        owners = self._pieces[k].owners
+        found: Sequence[int] = range(len(owners))
+        try:
+            found = differing(self._lent[k], self._pieces[k].sums()) if k in self._lent else []
+        except Exception:
+            if not self._is_blind:
+                self._is_blind = True
+                raise
+        self.written |= {owners[index] for index in found}
 
     def forget(self) -> None:
-        """Let go of all views, once everything is back."""
+        """Let go of all views, once everything is back and what was written is known."""
+        self.written.clear()
         self._pieces.clear()
         self._lent.clear()
-        self._returned.clear()
 
 
 @dataclass
@@ -146,10 +158,11 @@ def _make_room(pieces: Sequence[_Piece]) -> None:
     for piece in pieces:
         kind = (piece.live[0].dtype, piece.live[0].device)
         needed[kind] = max(needed.get(kind, 0), piece.used)
-    scratch = {
-        (dtype, device): torch.empty(size, dtype=dtype, device=device)
-        for (dtype, device), size in needed.items()
-    }
+    with torch.inference_mode(False):  # the way out may be outside of it
+        scratch = {
+            (dtype, device): torch.empty(size, dtype=dtype, device=device)
+            for (dtype, device), size in needed.items()
+        }
     for piece in pieces:
         room = scratch[piece.live[0].dtype, piece.live[0].device]
         sizes = [tensor.numel() for tensor in piece.live]

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ._flat import flat_views
 
-_COLUMNS = 257  # odd and prime: rows, blocks and halves of a tensor do not line up with it
+# Prime, and no width that tensors have: what changes places lands in another column. A tensor takes
+# the first of which its sums are at most an eighth of it, so that all sums together stay small.
+_COLUMNS = (251, 31)
 
 # Integers of as many bytes as an element; two for one of complex128.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -17,7 +19,9 @@ class Bits:
     """The bits of a tensor, to be summed up now and again.
 
     Writes through `.data` pass by the version counter of a parameter; the bits show them. The sums
-    run over every 257th word of eight bytes, so moving values about shows as well.
+    run over every 251st word of eight bytes, so moving values about shows as well, unless by just
+    that far. As in every sum, changes that cancel do not show: of an odd number of words no change
+    of all signs does.
 
     Args:
         flat: one-dimensional and contiguous; the same memory is read each time.
@@ -28,13 +32,15 @@ class Bits:
         self._others = [flat.view(_INTEGERS[flat.element_size()])]  # few: taken as they are
         data = flat.view(torch.uint8)
         start = -data.storage_offset() % 8  # from there on one can read eight bytes at a time
-        # Two halves: torch shares a sum out over its threads by results, and each of two cores has
-        # half of what was just copied in its cache.
-        rows = (data.numel() - start) // (8 * 2 * _COLUMNS)
-        if rows <= 0:
+        words = (data.numel() - start) // 8
+        columns = next((n for n in _COLUMNS if words >= 8 * 2 * n), None)
+        if columns is None:
             return
-        end = start + rows * 8 * 2 * _COLUMNS
-        self._summed = data[start:end].view(torch.int64).view(2, rows, _COLUMNS)
+        # Two halves: torch shares a sum out over its threads by results, and each of two cores has
+        # half of what was just copied in its cache. Odd, or the signs of all float64 would cancel.
+        rows = (words // (2 * columns) - 1) | 1
+        end = start + 8 * 2 * rows * columns
+        self._summed = data[start:end].view(torch.int64).view(2, rows, columns)
         self._others = [rest for rest in (data[:start], data[end:]) if rest.numel()]
 
     def sums(self) -> list[Tensor]:
@@ -45,23 +51,31 @@ class Bits:
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A short vector of sums over the bits of a dense tensor, on its device."""
-    flat = flat_views([tensor])
-    assert flat is not None, "only dense tensors have one"
-    return torch.cat([sums.to(torch.int64) for sums in Bits(flat[0]).sums()])
+    """A short vector of sums over the bits of a dense tensor, on its device.
+
+    Of the values alone: the same wherever in its memory the tensor begins.
+    """
+    views = flat_views([tensor])
+    assert views is not None, "only dense tensors have one"
+    flat = views[0]
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()
+    return torch.cat([sums.to(torch.int64) for sums in Bits(flat).sums()])
 
 
 @torch.no_grad()
 def differing(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]) -> list[int]:
-    """Indices of the sums that differ; where none do, one wait a device finds out."""
+    """Indices of the sums that differ; where none do, one wait a device and dtype finds out."""
     flat = [[one for sums in group for one in sums] for group in (before, after)]
-    for kind in {(one.device, one.dtype) for one in flat[0]}:
-        pair = [
-            torch.cat([one for one in ones if (one.device, one.dtype) == kind]) for ones in flat
-        ]
-        if not torch.equal(*pair):
-            break
-    else:
+    kinds = {(one.device, one.dtype) for one in flat[0]}
+    if all(_same(*([t for t in ones if (t.device, t.dtype) == k] for ones in flat)) for k in kinds):
         return []
     pairs = enumerate(zip(before, after, strict=True))
-    return [i for i, (a, b) in pairs if not all(map(torch.equal, a, b))]
+    return [index for index, pair in pairs if not _same(*pair)]
+
+
+def _same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether two lists of vectors are equal, end to end."""
+    if len(ones) != len(others):
+        return False
+    return torch.equal(torch.cat(list(ones)), torch.cat(list(others)))
