@@ -40,8 +40,8 @@ class Places:
             return False
         # The guards of torch.compile compare dtype, shape and strides of all tensors in one call,
         # in a third of the time of `is_set_to`. They mind modes and `requires_grad` as well: their
-        # no is only a hint. One is asked all the same: a mode that forbids all operations must do it
-        # now, when nothing is written.
+        # no is only a hint. One is asked all the same: a mode that forbids all operations must
+        # forbid it now, when nothing is written.
         if self._guards is not None and self._guards.check(*tensors):
             return _same_layout(tensors[:1], self._tensors[:1])
         if not _same_layout(tensors, self._tensors):
