@@ -628,6 +628,28 @@ def test_without_the_guard_large_tensors_stay_whole(
     assert list(plan._joined) == [False], "nothing was prepared for the guard"
 
 
+def test_several_averages_share_what_is_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block: whole tensors would be read from memory once for each average."""
+    monkeypatch.setattr(_blocks, "BLOCK", 10_000)
+    live = {"a": torch.zeros(25_000)}
+    rules = {"short": HALF, "long": polyak.Exponential(decay=0.75, debias=False)}
+    averages = polyak.Averages(live, rules, nonfinite="ignore")
+    live["a"].fill_(1.0)
+
+    averages.update()
+
+    engine = averages["short"]._engine
+    [(_, plan)] = engine._plans(engine.rows)
+    assert isinstance(plan, BlockPlan)
+    assert [stretch.blocks[0].live.numel() for stretch in plan._joined[False]] == [
+        10_000,
+        10_000,
+        5_000,
+    ]
+    assert averages["short"].tensors["a"].unique().tolist() == [0.5]
+    assert averages["long"].tensors["a"].unique().tolist() == [0.25]
+
+
 # ── what was held back ───────────────────────────────────────────────────────────────────────────
 
 

@@ -204,10 +204,11 @@ class BlockPlan:
         self._joined: dict[bool, list[Stretch]] = {}
 
     def _stretches(self, guard: bool) -> list[Stretch]:
-        """What is read quickly; large tensors in blocks only where they are checked first."""
+        """What is read quickly; in blocks what is read twice, to be checked or mixed again."""
         found = self._joined.get(guard)
         if found is None:
-            blocks = self._blocks if guard else self._cut(sys.maxsize)
+            once = not guard and len(self._averages) == 1
+            blocks = self._cut(sys.maxsize) if once else self._blocks
             found = _joined([block for block in blocks if self._is_quick(block)])
             self._joined[guard] = found
         return found
