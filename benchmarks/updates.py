@@ -61,7 +61,7 @@ LIMIT = "the limit"
 COPIED = 2**28  # bytes that the measured copy reads, and writes
 FEWEST, FEWEST_OF_SEVERAL, MOST = 3, 2, 25  # rounds
 # Seconds for one average; several get half, or as much as the fewest rounds take.
-SECONDS = {"MLP": 5.0, "1,000 tiny": 7.0, "ResNet-50-like": 14.0, "GPT-2-like": 50.0}
+SECONDS = {"MLP": 5.0, "1,000 tiny": 20.0, "ResNet-50-like": 35.0, "GPT-2-like": 50.0}
 
 
 @dataclass(frozen=True)
