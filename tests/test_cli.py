@@ -180,7 +180,8 @@ def test_ctrl_c_ends_with_one_line_and_no_folder(
 
 def test_ctrl_c_ends_the_workers_too(tmp_path: Path) -> None:
     """A real interrupt of a real study: exit code 130, nobody left behind, nothing written."""
-    words = ["study", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path / "out")]
+    # Eight seeds: of two the second may be done, too, before the signal is sent.
+    words = ["study", "--seeds", "8", "--jobs", "2", "--out", str(tmp_path / "out")]
     with subprocess.Popen(
         [sys.executable, "-m", "polyak.cli", *words, "--epochs", "50"],
         stderr=subprocess.PIPE,
