@@ -79,6 +79,30 @@ def test_tensors_larger_than_the_scratch_are_lent_whole(animal: Animal) -> None:
     assert state_of(model, average) == before
 
 
+@pytest.mark.usefixtures("tiny_scratch")
+@pytest.mark.parametrize("animal", ZOO, ids=lambda animal: animal.name)
+def test_trained_values_can_be_read_inside_the_block(animal: Animal) -> None:
+    """However many places they wait in: a checkpoint has them, the report compares with them."""
+    model = animal.build()
+    average = polyak.Average(model, polyak.Exponential(decay=0.5, debias=False))
+    for seed in range(2):
+        train_step(model, animal.inputs(), torch.Generator().manual_seed(seed))
+        average.update()
+    entries = {entry.name: entry for entry in average._engine.entries}
+    trained = bits({name: entry.live().detach() for name, entry in entries.items()})
+    distance = average.report().distance
+
+    with average.applied():
+        saved = average.state_dict()["live"]
+        assert average.report().distance == distance
+        loan = average._engine.loan
+        assert loan is not None
+        assert "nobody" not in loan.live
+
+    assert len(saved) >= len(entries)
+    assert bits({name: saved[name] for name in entries}) == trained
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_optimizer_state_and_gradients_are_left_alone(dtype: torch.dtype) -> None:
     """Training goes on after a block to the same bits as without it."""
@@ -454,7 +478,7 @@ def test_trained_weights_come_back_when_any_copy_breaks(
     with average.applied():
         entered = breaker.calls
     points = breaker.calls
-    # float32 and float64: three copies a piece each way and one clone, two copies a buffer;
+    # float32 and float64: two or three copies a piece each way and one clone, two copies a buffer;
     # bfloat16: a clone and two copies for each of 6 parameters and 2 buffers, and a clone and one
     # copy for the counter, which is not lent.
     assert points >= (26 if dtype == torch.bfloat16 else 30)
@@ -500,6 +524,42 @@ def test_trained_weights_come_back_when_the_way_back_is_interrupted_too(
             assert state_of(model, average) == before, f"broken at copies {first} and {second}"
             if not reached:
                 break
+
+
+@pytest.mark.usefixtures("tiny_scratch")
+@HOWS
+@pytest.mark.parametrize("sizes", [[20], [3, 24, 5, 8, 17, 0], [8, 8, 8], [1, 2, 3]])
+def test_an_exchange_knows_at_any_copy_where_the_live_values_are(
+    sizes: list[int], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads them when a way in or back was broken off gets all of them, and no other."""
+    numbers = torch.arange(2.0 * sum(sizes))
+    live, averages = (list(half.split(sizes)) for half in numbers.clone().chunk(2))
+    expected = [tensor.tolist() for tensor in live]
+    breaker = Breaker(monkeypatch, how, Interrupted)
+    exchange = _exchange.Exchange(list(zip(live, averages, strict=True)))
+
+    def found() -> list[list[float]]:
+        parts = [exchange.waiting(pair) for pair in range(len(sizes))]
+        return [[x for part in some for x in part.tolist()] for some in parts]
+
+    for step in (exchange.do, exchange.undo):
+        at = 0
+        while True:
+            at += 1
+            breaker.arm(at)
+            try:
+                step()
+            except Interrupted:
+                assert found() == expected, at
+                if step == exchange.do:
+                    breaker.arm()
+                    exchange.undo()
+                    assert torch.equal(torch.cat([*live, *averages]), numbers)
+            else:
+                break
+        assert found() == expected
+    assert torch.equal(torch.cat([*live, *averages]), numbers)
 
 
 @contextmanager
@@ -569,7 +629,17 @@ def interrupted_at_line(line: int, names: set[str]) -> Iterator[list[str]]:
         sys.settrace(before)
 
 
-WAY_BACK = {"_restore", "undo", "_look", "sums", "differing", "forget", "end_loan"}
+WAY_BACK = {
+    "_restore",
+    "undo",
+    "_look",
+    "sums",
+    "end_loan",
+    "_look_for_changes",
+    "written",
+    "differing",
+    "forget",
+}
 
 
 @pytest.mark.usefixtures("tiny_scratch")

@@ -1,8 +1,9 @@
 """Lend the averaged weights to the live model, and bring the trained ones back whatever happens."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,6 +96,7 @@ class _Lender:
         self._buffers: list[_Live] = []
         swapped: list[tuple[Tensor, Tensor]] = []
         self._copies: list[tuple[_Live, Tensor | None]] = []  # live, and what it is to hold
+        self._trained: dict[str, Callable[[], Tensor]] = {}  # where the trained values can be read
         for entry in engine.inventory.entries:
             if (entry.role == "live" and entry.kind != "buffer") or entry.is_gone():
                 continue
@@ -122,21 +124,30 @@ class _Lender:
 
     def _where_to_read(self, averages: list[Tensor]) -> Loan:
         """Tell where both sets of values can be read while the loan lasts."""
-        tensors, live = list(averages), {}
-        for parameter in self._parameters:
+        tensors = list(averages)
+        swapped = [parameter for parameter in self._parameters if parameter.swapped]
+        for pair, parameter in enumerate(swapped):
             slot = self._engine.slots[parameter.entry.name]
-            if parameter.swapped:
-                average = averages[slot]
-                tensors[slot] = spread_like(parameter.data, average)
-                live[parameter.entry.name] = average
-        return Loan(self._row, tensors, live, self._memory)
+            tensors[slot] = spread_like(parameter.data, averages[slot])
+            self._trained[parameter.entry.name] = partial(self._put_together, pair, parameter)
+        return Loan(self._row, tensors, _Trained(self._trained), self._memory)
+
+    @torch.no_grad()
+    def _put_together(self, pair: int, parameter: "_Live") -> Tensor:
+        """A copy of the trained values of one that was swapped, which may wait in several parts."""
+        values = torch.empty_like(parameter.data)
+        parts = self._exchange.waiting(pair)
+        rooms = values.as_strided((values.numel(),), (1,)).split([part.numel() for part in parts])
+        for room, part in zip(rooms, parts, strict=True):
+            room.copy_(part)
+        return spread_like(values, parameter.tensor)
 
     @torch.no_grad()
     def give(self) -> None:
         """Put the averages into the live model."""
         for live, _ in self._copies:
             live.backup = live.data.clone()  # all copies are made before anything is written
-            self._loan.live[live.entry.name] = spread_like(live.backup, live.tensor)
+            self._trained[live.entry.name] = partial(spread_like, live.backup, live.tensor)
         self._engine.lend(self._loan)
         self._exchange.do()
         for live, average in self._copies:
@@ -180,14 +191,14 @@ class _Lender:
         self._look_for_changes()  # when all is back: nothing that fails here costs a value
         # A traceback that somebody keeps holds these, and with them views of the averages.
         self._exchange.forget()
-        self._parameters, self._buffers, self._copies = [], [], []
+        self._parameters, self._buffers, self._copies, self._trained = [], [], [], {}
         self._loan = Loan(self._row, [], {}, self._memory)
 
     def _look_for_changes(self) -> None:
         """Note parameters that somebody wrote: by their versions, or by their bits."""
         swapped = [p for p in self._parameters if p.swapped]
         written = {id(p) for p in self._parameters if version_of(p.tensor) != p.version}
-        written |= {id(swapped[pair]) for pair in self._exchange.written}
+        written |= {id(swapped[pair]) for pair in self._exchange.written()}
         for parameter in self._parameters:
             name = parameter.entry.name
             if (id(parameter) in written or parameter.moved) and name not in self.changed:
@@ -241,3 +252,22 @@ class _Live:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
+
+
+class _Trained(Mapping[str, Tensor]):
+    """Trained values by name, read where they wait for the end of a loan."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)

@@ -93,7 +93,7 @@ class Loan:
 
     row: int
     tensors: list[Tensor]  # [slots]
-    live: dict[str, Tensor]  # where the trained values wait for the end of the loan
+    live: Mapping[str, Tensor]  # the trained values, which wait for the end of the loan
     memory: frozenset[int]  # addresses of the lent live weights
 
 

@@ -1,7 +1,10 @@
 """Exchange the values of tensors in place, through a small scratch, undoable at any point."""
 
-from collections.abc import Sequence
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,12 +33,18 @@ def can_exchange(live: Tensor, average: Tensor) -> bool:
 class Exchange:
     """Swap pairs of tensors; `undo` brings every bit back, from wherever the swap stopped.
 
+    Pieces that fill the scratch are not swapped but moved up: the live values of the first one
+    leave it for the scratch, those of each later one for the memory of the average before it, whose
+    values have just gone to the live tensor. That is two copies where a swap takes three. Smaller
+    pieces come before them, and are swapped through the same scratch.
+
     The journal is one number and one phase, written between the copies, so that an interrupt (even
-    a second one, during `undo`) finds the values of a piece in two of three places:
+    a second one, during `undo`) finds the values of a piece in two of three places, the third being
+    the hole: the scratch, or the memory of an average that has been lent.
 
         phase 0   live and average hold what they should
-        phase 1   scratch holds the live values, the average is untouched
-        phase 2   scratch holds the live values, live holds the average's
+        phase 1   the hole holds the live values, the average is untouched
+        phase 2   the hole holds the live values, live holds the average's
 
     Each step writes only what the next phase no longer needs, so a step may run twice.
 
@@ -44,16 +53,13 @@ class Exchange:
 
     Args:
         pairs: (live, average) with `can_exchange`; not overlapping each other.
-
-    Attributes:
-        written: after `undo`, which pairs had somebody else write the live tensor in between.
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._pieces = _pieces(pairs)
         self._journal = (0, 0)  # pieces done, phase of the next one
-        self.written: set[int] = set()
         self._lent: dict[int, list[list[Tensor]]] = {}  # sums of the live bits, by piece
+        self._returned: dict[int, list[list[Tensor]]] = {}  # the same, of what comes back
         self._is_blind = False  # they cannot be taken any more
 
     # No names for the views in these frames: a traceback that is kept would keep them too.
@@ -62,11 +68,12 @@ class Exchange:
     def do(self) -> None:
         """Swap all pairs."""
         for k in range(len(self._pieces)):
-            torch._foreach_copy_(self._pieces[k].room, self._pieces[k].live)
+            torch._foreach_copy_(self._pieces[k].hole, self._pieces[k].live)
             self._journal = (k, 1)
             torch._foreach_copy_(self._pieces[k].live, self._pieces[k].averages)
             self._journal = (k, 2)
-            torch._foreach_copy_(self._pieces[k].averages, self._pieces[k].room)
+            if not self._pieces[k].stays:
+                torch._foreach_copy_(self._pieces[k].averages, self._pieces[k].hole)
             self._journal = (k + 1, 0)
             self._lent[k] = self._pieces[k].sums()
 
@@ -75,95 +82,152 @@ class Exchange:
         """Swap back what was swapped, last piece first; safe to call again after an interrupt."""
         while self._journal != (0, 0):
             k, phase = self._journal
-            if phase == 0:  # the piece before is swapped: its live values sit in the average
+            if phase == 0:  # the piece before is swapped
                 self._look(k - 1)  # before the journal moves on: after an interrupt it is due again
-                torch._foreach_copy_(self._pieces[k - 1].room, self._pieces[k - 1].averages)
+                if not self._pieces[k - 1].stays:
+                    torch._foreach_copy_(self._pieces[k - 1].hole, self._pieces[k - 1].averages)
                 self._journal = (k - 1, 2)
             elif phase == 2:
                 torch._foreach_copy_(self._pieces[k].averages, self._pieces[k].live)
                 self._journal = (k, 1)
             else:
-                torch._foreach_copy_(self._pieces[k].live, self._pieces[k].room)
+                torch._foreach_copy_(self._pieces[k].live, self._pieces[k].hole)
                 self._journal = (k, 0)
 
+    def waiting(self, pair: int) -> list[Tensor]:
+        """Where the values that belong into a live tensor are now: flat parts, in their order."""
+        return [self._wait_in(k)[index] for _, k, index in self._parts[pair]]
+
+    def _wait_in(self, k: int) -> list[Tensor]:
+        done, phase = self._journal
+        piece = self._pieces[k]
+        if k > done or (k == done and phase == 0):
+            return piece.live
+        return piece.hole if piece.stays or k == done else piece.averages
+
+    @cached_property
+    def _parts(self) -> Mapping[int, list[tuple[int, int, int]]]:
+        """Of each pair: where a part of it starts, in which piece it is, and as which one there."""
+        parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for k, piece in enumerate(self._pieces):
+            for index, (owner, start) in enumerate(zip(piece.owners, piece.starts, strict=True)):
+                insort(parts[owner], (start, k, index))
+        return parts
+
     def _look(self, k: int) -> None:
-        """Note which tensors of a piece that comes back were written by somebody else.
+        """Take the fingerprint of a piece that comes back.
 
         The first time that this fails is an error like any other. Then the values are what counts:
-        they come back unseen, and all of the piece is taken for written.
+        they come back unseen.
         """
-        owners = self._pieces[k].owners
-        found: Sequence[int] = range(len(owners))
         try:
-            found = differing(self._lent[k], self._pieces[k].sums()) if k in self._lent else []
+            self._returned[k] = self._pieces[k].sums()
         except Exception:
             if not self._is_blind:
                 self._is_blind = True
                 raise
-        self.written |= {owners[index] for index in found}
+
+    def written(self) -> set[int]:
+        """After `undo`: which pairs had somebody else write the live tensor in between.
+
+        What came back unseen is taken for written, and all of it where comparing fails twice.
+        """
+        seen = [k for k in self._lent if k in self._returned]
+        try:
+            found = differing(
+                [sums for k in seen for sums in self._lent[k]],
+                [sums for k in seen for sums in self._returned[k]],
+            )
+        except Exception:
+            if not self._is_blind:
+                self._is_blind = True
+                raise
+            seen, found = [], []
+        owners = [owner for k in seen for owner in self._pieces[k].owners]
+        unseen = self._lent.keys() - set(seen)
+        return {owners[i] for i in found}.union(*(self._pieces[k].owners for k in unseen))
 
     def forget(self) -> None:
         """Let go of all views, once everything is back and what was written is known."""
-        self.written.clear()
-        self._pieces.clear()
         self._lent.clear()
+        self._returned.clear()
+        self._pieces.clear()
 
 
 @dataclass
 class _Piece:
-    """What goes through the scratch at once."""
+    """What is swapped at once."""
 
     live: list[Tensor] = field(default_factory=list)
     averages: list[Tensor] = field(default_factory=list)
-    room: list[Tensor] = field(default_factory=list)  # views into the scratch
+    hole: list[Tensor] = field(default_factory=list)  # where the live values go first
+    stays: bool = False  # whether they wait there, or in the averages
     bits: list[Bits] = field(default_factory=list)  # of the live tensors
     owners: list[int] = field(default_factory=list)  # which pair each comes from
+    starts: list[int] = field(default_factory=list)  # elements of that pair before it
     used: int = 0  # elements
+
+    def add(self, owner: int, start: int, live: Tensor, average: Tensor) -> None:
+        """One more part of a pair."""
+        self.live.append(live)
+        self.averages.append(average)
+        self.bits.append(Bits(live))
+        self.owners.append(owner)
+        self.starts.append(start)
+        self.used += live.numel()
 
     def sums(self) -> list[list[Tensor]]:
         """Fingerprints of what is live now."""
         return [bits.sums() for bits in self.bits]
 
 
+_Kind = tuple[torch.dtype, torch.device]
+
+
 def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Piece]:
     """Cut large pairs and gather small ones, so that each piece fits the scratch."""
-    pieces: list[_Piece] = []
-    open_piece: dict[tuple[torch.dtype, torch.device], _Piece] = {}
+    full: dict[_Kind, list[_Piece]] = {}
+    gathered: dict[_Kind, list[_Piece]] = {}
     for owner, (live, average) in enumerate(pairs):
-        flat = flat_views([live, average])
-        assert flat is not None, "pairs are checked with can_exchange"
-        limit = CACHE_BYTES if live.device.type == "cpu" else SCRATCH_BYTES
-        room = min(limit, SCRATCH_BYTES) // live.element_size()
-        kind = (live.dtype, live.device)
         if live.numel() == 0:
             continue
+        flat = flat_views([live, average])
+        assert flat is not None, "pairs are checked with can_exchange"
+        kind = (live.dtype, live.device)
+        room = _room(kind)
+        small = gathered.setdefault(kind, [])
         parts = [[view] if view.numel() <= room else view.split(room) for view in flat]
-        for part_live, part_average in zip(*parts, strict=True):
-            piece = open_piece.get(kind)
-            if piece is None or piece.used + part_live.numel() > room:
-                pieces.append(piece := _Piece())
-                open_piece[kind] = piece
-            piece.live.append(part_live)
-            piece.averages.append(part_average)
-            piece.bits.append(Bits(part_live))
-            piece.owners.append(owner)
-            piece.used += part_live.numel()
-    _make_room(pieces)
-    return pieces
+        for index, (part_live, part_average) in enumerate(zip(*parts, strict=True)):
+            size = part_live.numel()
+            if size == room:
+                full.setdefault(kind, []).append(piece := _Piece(stays=True))
+            elif small and small[-1].used + size <= room:
+                piece = small[-1]
+            else:
+                small.append(piece := _Piece())
+            piece.add(owner, index * room, part_live, part_average)
+    return [
+        piece for kind, small in gathered.items() for piece in _dug(kind, small, full.get(kind, []))
+    ]
 
 
-def _make_room(pieces: Sequence[_Piece]) -> None:
-    """Give all pieces of one kind the same scratch."""
-    needed: dict[tuple[torch.dtype, torch.device], int] = {}
-    for piece in pieces:
-        kind = (piece.live[0].dtype, piece.live[0].device)
-        needed[kind] = max(needed.get(kind, 0), piece.used)
+def _room(kind: _Kind) -> int:
+    """How many elements go through the scratch at once."""
+    dtype, device = kind
+    limit = CACHE_BYTES if device.type == "cpu" else SCRATCH_BYTES
+    return min(limit, SCRATCH_BYTES) // dtype.itemsize
+
+
+def _dug(kind: _Kind, small: list[_Piece], full: list[_Piece]) -> list[_Piece]:
+    """The pieces of one kind in their order, each with the hole that its live values go to."""
+    dtype, device = kind
+    needed = max(piece.used for piece in (*small, *full[:1]))
     with torch.inference_mode(False):  # the way out may be outside of it
-        scratch = {
-            (dtype, device): torch.empty(size, dtype=dtype, device=device)
-            for (dtype, device), size in needed.items()
-        }
-    for piece in pieces:
-        room = scratch[piece.live[0].dtype, piece.live[0].device]
+        scratch = torch.empty(needed, dtype=dtype, device=device)
+    for piece in small:
         sizes = [tensor.numel() for tensor in piece.live]
-        piece.room = list(room[: piece.used].split(sizes)) if len(sizes) > 1 else [room[: sizes[0]]]
+        piece.hole = list(scratch[: piece.used].split(sizes))
+    hole = [scratch]
+    for piece in full:
+        piece.hole, hole = hole, piece.averages
+    return [*small, *full]

@@ -29,24 +29,38 @@ class Bits:
 
     def __init__(self, flat: Tensor) -> None:
         self._summed: Tensor | None = None
-        self._others = [flat.view(_INTEGERS[flat.element_size()])]  # few: taken as they are
-        data = flat.view(torch.uint8)
-        start = -data.storage_offset() % 8  # from there on one can read eight bytes at a time
-        words = (data.numel() - start) // 8
-        columns = next((n for n in _COLUMNS if words >= 8 * 2 * n), None)
-        if columns is None:
+        words, self._others = _words(flat)
+        count = 0 if words is None else words.numel()
+        columns = next((n for n in _COLUMNS if count >= 8 * 2 * n), None)
+        if words is None or columns is None:
+            self._others = [flat.view(_INTEGERS[flat.element_size()])]  # few: taken as they are
             return
         # Two halves: torch shares a sum out over its threads by results, and each of two cores has
-        # half of what was just copied in its cache. Odd, or the signs of all float64 would cancel.
-        rows = (words // (2 * columns) - 1) | 1
-        end = start + 8 * 2 * rows * columns
-        self._summed = data[start:end].view(torch.int64).view(2, rows, columns)
-        self._others = [rest for rest in (data[:start], data[end:]) if rest.numel()]
+        # half of what was just copied in its cache. They overlap where they must to cover all, of
+        # an odd number of rows each, or the signs of all float64 would cancel.
+        rows = -(-count // (2 * columns)) | 1
+        strides = (count - rows * columns, columns, 1)
+        self._summed = words.as_strided((2, rows, columns), strides, words.storage_offset())
 
     def sums(self) -> list[Tensor]:
         """Sums over the bits as they are now, in short vectors on the device of the tensor."""
         others = [rest.clone() for rest in self._others]
         return others if self._summed is None else [self._summed.sum(1).view(-1), *others]
+
+
+def _words(flat: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """The eight-byte words of a tensor as integers, and the bytes before and after them."""
+    size = flat.element_size()
+    start = -flat.storage_offset() * size % 8  # from there on one can read eight bytes at a time
+    whole = (flat.numel() * size - start) // 8
+    if whole <= 0:
+        return None, []
+    if whole * 8 == flat.numel() * size:
+        return flat.view(torch.int64), []
+    data = flat.view(torch.uint8)
+    end = start + 8 * whole
+    rests = [rest for rest in (data[:start], data[end:]) if rest.numel()]
+    return data[start:end].view(torch.int64), rests
 
 
 @torch.no_grad()
