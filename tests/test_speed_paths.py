@@ -18,6 +18,7 @@ from polyak import _kernels as kernels
 from polyak import _places
 from polyak._kernels import _blocks, _rows
 from polyak._kernels._blocks import BlockPlan
+from polyak._kernels._elements import lerp_finite_
 from polyak._kernels._foreach import ForeachPlan
 
 HALF = polyak.Exponential(decay=0.5, debias=False)
@@ -84,7 +85,7 @@ def test_a_row_is_never_longer_than_its_limit(monkeypatch: pytest.MonkeyPatch) -
 def test_side_by_side_or_alone_the_bits_are_the_same(
     dtype: torch.dtype, stored: torch.dtype | None, rounding: polyak._engine.Rounding
 ) -> None:
-    """Also with NaN in one tensor, which sends its row to the exact path, and counts it there."""
+    """Also with NaN and inf in some, which send their row to the exact path, and count there."""
     live = small(dtype=dtype)
     together = polyak.Average(live, HALF, dtype=stored, rounding=rounding)
     apart = alone(polyak.Average(live, HALF, dtype=stored, rounding=rounding))
@@ -92,16 +93,67 @@ def test_side_by_side_or_alone_the_bits_are_the_same(
     for step in range(4):
         for tensor in live.values():
             tensor.mul_(1.25).add_(step)
-        kept = live["w1"].clone()
+        kept = {name: tensor.clone() for name, tensor in live.items()}
         if step == 2:
+            live["w0"][0] = math.inf
             live["w1"][1, 2:4] = math.nan
+            live["w5"][0] = -math.inf
         together.update()
         apart.update()
-        live["w1"].copy_(kept)
+        for name, tensor in live.items():
+            tensor.copy_(kept[name])
 
     for name, tensor in together.tensors.items():
         assert torch.equal(tensor, apart.tensors[name]), name
-    assert together.report().nonfinite == apart.report().nonfinite == {"w1": 2}
+    counts = {"w0": 1, "w1": 2, "w5": 1}
+    assert together.report().nonfinite == apart.report().nonfinite == counts
+
+
+@pytest.mark.parametrize("live_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skipped", [None, 0.0, 1.0])
+def test_a_row_with_nan_is_mixed_as_one(
+    dtype: torch.dtype, live_dtype: torch.dtype, skipped: float | None
+) -> None:
+    """For several averages, some of which copy or stand still: the bits of those kept apart."""
+    live = [tensor.to(live_dtype) for tensor in small(20).values()]
+    for slot in (0, 7, 19):
+        live[slot].view(-1)[-1] = math.nan
+    rows = [[torch.full_like(x, value, dtype=dtype) for x in live] for value in (1.0, 2.0, -3e38)]
+    rows[2][7].view(-1)[-1] = math.inf
+    apart = [[tensor.clone() for tensor in row] for row in rows]
+    placed = [kernels.side_by_side(row, [live_dtype] * len(row)) for row in rows]
+    skip = None if skipped is None else torch.tensor(skipped)
+    plan = BlockPlan(placed, live, set())
+    assert next(stretch.is_row for stretch in plan._stretches(guard=True))
+
+    counts = plan.mix_([0.0, 1.0, 0.25], guard=True, skip=skip)
+    expected = BlockPlan(apart, live, set()).mix_([0.0, 1.0, 0.25], guard=True, skip=skip)
+
+    assert counts is not None
+    assert expected is not None
+    assert counts.tolist() == expected.tolist() == [int(slot in (0, 7, 19)) for slot in range(20)]
+    for row, others in zip(placed, apart, strict=True):
+        assert all(map(torch.equal, row, others))
+
+
+def test_a_row_with_nan_costs_no_call_for_each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand of them would wait for every one that is not even touched."""
+    live = small(30)
+    average = polyak.Average(live, HALF)
+    average.update()
+    live["w7"][0] = math.nan
+    calls: list[int] = []
+
+    def counted(average: Tensor, live: Tensor, weight: float) -> Tensor:
+        calls.append(live.numel())
+        return lerp_finite_(average, live, weight)
+
+    monkeypatch.setattr(_blocks, "lerp_finite_", counted)
+    average.update()
+
+    assert len(calls) == 1
+    assert average.report().nonfinite == {"w7": 7}
 
 
 def test_a_small_model_is_one_read_one_check_and_one_mix() -> None:
@@ -680,6 +732,20 @@ def test_counts_add_up_over_updates_and_new_plans() -> None:
     assert average.report().nonfinite == {}, "what nobody had read is forgotten, too"
 
 
+@pytest.mark.parametrize("kind", [BlockPlan, ForeachPlan])
+def test_an_infinity_that_the_average_holds_too_is_no_incident(
+    kind: type[BlockPlan] | type[ForeachPlan],
+) -> None:
+    """Beside numbers that move, and NaN that is one: a mask with weights in one tensor."""
+    live = [torch.tensor([-math.inf, 1.0, math.nan, math.inf])]
+    average = torch.tensor([-math.inf, 0.0, 2.0, -math.inf])
+    for weights in ([0.5], [0.0]):
+        counts = kind([[average]], live, {0}).mix_(weights, guard=True)
+        assert counts is not None
+        assert counts.tolist() == [2]
+        assert average.tolist() == [-math.inf, 0.5, 2.0, -math.inf]
+
+
 def test_several_averages_have_one_count() -> None:
     """An element is held back once, however many averages it would have gone into."""
     live = [torch.tensor([1.0, math.nan]), torch.tensor([math.inf, math.nan, 1.0])]
@@ -689,6 +755,7 @@ def test_several_averages_have_one_count() -> None:
         assert counts is not None
         assert counts.tolist() == [1, 2]
         assert kind(rows, live, set()).mix_([0.5] * 3, guard=False) is None
+    assert BlockPlan([[torch.zeros(2)]], [torch.ones(2)], {0}).mix_([0.5], guard=True) is None
 
 
 # ── the plan survives a block ────────────────────────────────────────────────────────────────────

@@ -68,6 +68,20 @@ class Stretch:
                 lerp_(average, live, weight)
         return True
 
+    @property
+    def is_row(self) -> bool:
+        """Whether it is several tensors, of numbers that are finite or not each by itself."""
+        return len(self.blocks) > 1 and not self.blocks[0].live.is_complex()
+
+    def mix_finite_(self, weights: Sequence[float]) -> Tensor:
+        """Fold in what is finite; return how much of each block was held back, [blocks] int64."""
+        live = self.read()
+        pairs = zip(self.averages, weights, strict=True)
+        held, *_ = [lerp_finite_(average, live, weight) for average, weight in pairs]
+        ends = torch.tensor([block.live.numel() for block in self.blocks], device="cpu").cumsum(0)
+        sums = held.cumsum(0)[ends - 1]
+        return sums.diff(prepend=sums.new_zeros(1))
+
 
 class BlockPlan:
     """Views into live and averaged tensors, cut once and used at every update.
@@ -125,13 +139,17 @@ class BlockPlan:
             How many elements of each slot were held back because they were not finite, [slots]
             int64; None when there are none.
         """
-        found: Tensor | None = None
+        found: list[tuple[list[int], Tensor]] = []  # slots, and how much of each was held back
         one_by_one = self._blocks if keys is not None else list(self._loose)
         for stretch in () if keys is not None else self._stretches(guard):
             kept = None if skip is None else [average.clone() for average in stretch.averages]
             if not stretch.mix_(weights, guard=guard):
-                one_by_one += stretch.blocks
-            elif kept is not None:
+                if not stretch.is_row:
+                    one_by_one += stretch.blocks
+                    continue
+                slots = [block.slot for block in stretch.blocks]
+                found.append((slots, stretch.mix_finite_(weights)))
+            if kept is not None:
                 keep_(stretch.averages, kept, skip)
         for block in one_by_one:
             live = widened(block.live, block.averages[0])
@@ -142,15 +160,12 @@ class BlockPlan:
                     lerp_(average, live, weight, bits)
             else:
                 pairs = zip(block.averages, weights, strict=True)
-                counts = [lerp_finite_(average, live, w, bits) for average, w in pairs]
-                if counts[0]:
-                    if found is None:
-                        found = torch.zeros(len(self._live), dtype=torch.int64, device="cpu")
-                    found[block.slot] += counts[0]
+                held, *_ = [lerp_finite_(average, live, w, bits) for average, w in pairs]
+                found.append(([block.slot], held.sum().view(1)))
             keep_(block.averages, kept, skip)
         if self._suspects:
             self._forget_healed()
-        return found
+        return _total(found, len(self._live)) if found else None
 
     def _bits(self, block: Block, key: int) -> Tensor:
         """Hashed bits for one block; elements are counted in logical order, not in memory's."""
@@ -309,6 +324,14 @@ def _reader(
         return gather or (lambda: first)
     wide = room(dtype)
     return partial(wide.copy_, first) if gather is None else (lambda: wide.copy_(gather()))
+
+
+def _total(found: Sequence[tuple[list[int], Tensor]], slots: int) -> Tensor | None:
+    """The sum of counts of some slots each, [slots]; None where all are zero."""
+    total = torch.zeros(slots, dtype=torch.int64, device="cpu")
+    for some, counts in found:
+        total.index_add_(0, torch.tensor(some, device="cpu"), counts)
+    return total if total.any() else None
 
 
 def _surely_finite(live: Tensor) -> bool:

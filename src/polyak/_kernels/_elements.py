@@ -73,8 +73,10 @@ def _usable(average: Tensor, live: Tensor) -> Tensor:
 
     Both: casts to some float8 types turn infinity into their largest number.
     """
-    stored = _comparable(live.to(average.dtype))
-    return torch.isfinite(live) & torch.isfinite(stored)
+    usable = torch.isfinite(live)
+    if live.dtype == average.dtype:
+        return usable
+    return usable & torch.isfinite(_comparable(live.to(average.dtype)))
 
 
 def held_back(average: Tensor, live: Tensor) -> Tensor:
@@ -95,16 +97,16 @@ def lerp_finite_(
     the first finite live value. On finite elements the result has the same bits as `lerp_`.
 
     Returns:
-        How many live elements were held back, as a tensor on the device: nobody has to wait for it.
+        Where live elements were held back, as `held_back` says: of their shape, on the device.
     """
     live, old = widened(live, average), widened(average, average)
     if live.device.type == "cpu" and torch.equal(live, old):
         # A constant, as attention masks with -inf are.
-        return torch.zeros((), dtype=torch.int64, device="cpu")
-    count = held_back(average, live).sum()
-    if weight == 0.0:
-        return count
+        return torch.zeros_like(live, dtype=torch.bool)
     usable = _usable(average, live)
+    held = ~usable & (live != old)
+    if weight == 0.0:
+        return held
     both = usable & torch.isfinite(old)
     base, new = (torch.where(both, t, torch.zeros_like(t)) for t in (old, live))
     stored = base.to(average.dtype, copy=True)
@@ -113,7 +115,7 @@ def lerp_finite_(
     # x - y overflows when both are huge and of opposite sign; the convex form cannot.
     mixed = torch.where(torch.isfinite(mixed), mixed, base * (1.0 - weight) + new * weight)
     average.copy_(torch.where(both, mixed, torch.where(usable, live, old)))
-    return count
+    return held
 
 
 def beyond_range(values: Tensor, dtype: torch.dtype) -> int:

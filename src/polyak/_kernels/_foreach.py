@@ -59,10 +59,10 @@ class ForeachPlan:
             if guard:
                 for slot, (average, live) in enumerate(zip(averages, self._live, strict=True)):
                     kept = None if skip is None else [average.clone()]
-                    count = lerp_finite_(average, live, weight, bits[slot])
+                    held = lerp_finite_(average, live, weight, bits[slot])
                     keep_([average], kept, skip)
                     if row == 0:
-                        found.append(count)
+                        found.append(held.sum())
             elif keys is None and skip is None and 0.0 < weight < 1.0 and _one_dtype(averages):
                 live_wide = [
                     as_real(widened(x, y)) for x, y in zip(self._live, averages, strict=True)
