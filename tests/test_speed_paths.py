@@ -163,7 +163,8 @@ def test_a_small_model_is_one_read_one_check_and_one_mix() -> None:
     average.update()
 
     assert average._engine._cached is not None
-    [(_, plan)] = average._engine._cached.plans
+    [group] = average._engine._cached.groups
+    plan = group.plan
 
     assert isinstance(plan, BlockPlan)
     assert [len(stretch.blocks) for stretch in plan._joined[True]] == [5]
@@ -179,7 +180,7 @@ def test_a_healed_average_joins_its_row() -> None:
 
     for _ in range(2):
         average.update()
-    [(_, plan)] = average._engine._plans(average._engine.rows)
+    plan = average._engine._plans(average._engine.rows)[0].plan
 
     assert isinstance(plan, BlockPlan)
     assert [[block.slot for block in stretch.blocks] for stretch in plan._joined[True]] == [
@@ -312,7 +313,7 @@ def test_scratch_is_made_once(live_dtype: torch.dtype, monkeypatch: pytest.Monke
     live = {**small(dtype=live_dtype), "large": torch.ones(40_000, dtype=live_dtype)}
     average = polyak.Average(live, HALF)
     average.update()
-    [(_, plan)] = average._engine._plans(average._engine.rows)
+    plan = average._engine._plans(average._engine.rows)[0].plan
     assert isinstance(plan, BlockPlan)
 
     read = [stretch.read() for stretch in plan._joined[True]]
@@ -437,7 +438,7 @@ def test_weights_of_two_dtypes_are_read_in_two_stretches() -> None:
     average = polyak.Average(live)
     average.update()
 
-    [(_, plan)] = average._engine._plans(average._engine.rows)
+    plan = average._engine._plans(average._engine.rows)[0].plan
     assert isinstance(plan, BlockPlan)
     assert len(plan._joined[True]) == 2
 
@@ -672,7 +673,7 @@ def test_without_the_guard_large_tensors_stay_whole(
 
     for name, tensor in bare.tensors.items():
         assert torch.equal(tensor, guarded.tensors[name]), name
-    [(_, plan)] = bare._engine._plans(bare._engine.rows)
+    plan = bare._engine._plans(bare._engine.rows)[0].plan
     assert isinstance(plan, BlockPlan)
     sizes = [[block.live.numel() for block in stretch.blocks] for stretch in plan._joined[False]]
     large = [[27_000]] if dtype == torch.float32 and stored is None else [[9_000]] * 3
@@ -691,7 +692,7 @@ def test_several_averages_share_what_is_in_the_cache(monkeypatch: pytest.MonkeyP
     averages.update()
 
     engine = averages["short"]._engine
-    [(_, plan)] = engine._plans(engine.rows)
+    plan = engine._plans(engine.rows)[0].plan
     assert isinstance(plan, BlockPlan)
     assert [stretch.blocks[0].live.numel() for stretch in plan._joined[False]] == [
         10_000,
@@ -700,6 +701,174 @@ def test_several_averages_share_what_is_in_the_cache(monkeypatch: pytest.MonkeyP
     ]
     assert averages["short"].tensors["a"].unique().tolist() == [0.5]
     assert averages["long"].tensors["a"].unique().tolist() == [0.25]
+
+
+# ── what is replaced again and again ────────────────────────────────────────────────────────────
+
+
+class Restless(nn.Module):
+    """Weights, and buffers of which some are replaced at every step, as many modules do."""
+
+    mean: Tensor | None
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 2) for _ in range(4))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("fixed", torch.ones(2, dtype=torch.float64))
+        self.number = 0
+
+    @torch.no_grad()
+    def step(self, *, replace: bool) -> None:
+        self.number += 1
+        for parameter in self.parameters():
+            parameter.add_(self.number)
+        assert self.mean is not None
+        if replace:
+            self.mean, self.scale = self.mean + self.number, self.scale * 2.0
+        else:
+            self.mean += self.number
+            self.scale *= 2.0
+
+
+@pytest.mark.parametrize("moves", ["replaced", "data"])
+@pytest.mark.parametrize("size", [1, 20_000])
+def test_what_is_replaced_again_and_again_leaves_the_other_views(moves: str, size: int) -> None:
+    """From the second time on only its own views are cut, and the averages are as ever."""
+    live = {f"w{i}": torch.full((3,), float(i)) for i in range(6)}
+    live["restless"] = torch.zeros(size)
+    average = polyak.Average(live, HALF)
+    expected = {name: tensor.double() for name, tensor in live.items()}
+    kept: list[object] = []
+
+    for step in range(1, 9):
+        for tensor in live.values():
+            tensor.add_(step)
+        if moves == "replaced":
+            live["restless"] = live["restless"] * 2.0
+        else:
+            live["restless"].data = live["restless"] * 2.0
+        average.update()
+        plans = average._engine._cached
+        assert plans is not None
+        kept.append(plans.groups[0].plan)
+        for name, tensor in live.items():
+            expected[name] = (expected[name] + tensor) / 2
+
+    assert len({id(plan) for plan in kept[:3]}) == 3, "nobody knows yet"
+    assert len({id(plan) for plan in kept[3:]}) == 1
+    for name, tensor in average.tensors.items():
+        assert torch.allclose(tensor.double(), expected[name], rtol=1e-6), name
+
+
+def test_replaced_or_written_in_place_the_bits_are_the_same() -> None:
+    """Also where a block, a report or a saved state looks in between."""
+    one, other = Restless(), Restless()
+    other.load_state_dict(one.state_dict())
+    replaced, written = polyak.Average(one, HALF), polyak.Average(other, HALF)
+
+    for number in range(10):
+        for model, average in ((one, replaced), (other, written)):
+            model.step(replace=model is one)
+            average.update()
+            if number == 6:
+                trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                with average.applied():
+                    shown = model.state_dict()
+                    for name, tensor in average.tensors.items():
+                        assert torch.equal(shown[name], tensor), name
+                for name, tensor in model.state_dict().items():
+                    assert torch.equal(tensor, trained[name]), name
+        assert written.report().updates == replaced.report().updates == number + 1
+
+    for name, tensor in written.tensors.items():
+        assert torch.equal(tensor, replaced.tensors[name]), name
+
+
+def test_a_view_keeps_its_average_from_being_exchanged_beside_restless_buffers() -> None:
+    """Views that were cut anew are not taken for somebody who looks, and who looks is seen."""
+    model = Restless()
+    average = polyak.Average(model, HALF)
+    for _ in range(6):
+        model.step(replace=True)
+        average.update()
+    slot = average._engine.slots["layers.0.weight"]
+    address = average._engine.rows[0].tensors[slot].data_ptr()
+
+    def values_are_elsewhere() -> bool:
+        with average.applied():
+            assert average._engine.loan is not None
+            return average._engine.loan.tensors[slot].data_ptr() != address
+
+    assert values_are_elsewhere()
+    model.step(replace=True)
+    average.update()
+    held = average.tensors
+    assert not values_are_elsewhere()
+    assert held["mean"].shape == (3,)
+
+
+@pytest.mark.parametrize("views", range(1, 12))
+def test_views_are_seen_when_the_kernels_need_fewer_for_what_has_healed(views: int) -> None:
+    """As many as were counted, some of them somebody else's: a number alone proves nothing."""
+    live = {name: torch.ones(3) for name in ("a", "b", "c", "d")}
+    for name in ("b", "c"):
+        live[name][0] = math.nan
+    average = polyak.Average(live, HALF)
+    for tensor in live.values():
+        tensor.fill_(3.0)
+    average.update()
+    held = [average.tensors["a"] for _ in range(views)]
+    before = held[0].clone()
+    with average.applied():
+        assert all(torch.equal(tensor, before) for tensor in held)
+
+
+@pytest.mark.parametrize("views", range(1, 8))
+def test_views_are_seen_however_many_the_kernels_give_up(views: int) -> None:
+    """In another order of memory they need fewer than were counted, and others hold as many."""
+    live = {"a": torch.ones(3), "restless": torch.ones(30, 40)}
+    average = polyak.Average(live, HALF)
+    for step in range(6):
+        live["restless"] = live["restless"] + 1.0
+        live["a"] += 1.0
+        if step == 5:
+            live["restless"] = live["restless"].t().contiguous().t()
+        average.update()
+    held = [average.tensors["a"] for _ in range(views)]
+    before = held[0].clone()
+    with average.applied():
+        assert all(torch.equal(tensor, before) for tensor in held)
+
+
+def test_a_restless_buffer_that_no_longer_fits_is_refused_before_anything_moves() -> None:
+    """Another shape, another kind, none at all, or the memory of the average itself."""
+    model = Restless()
+    average = polyak.Average(model, HALF)
+    for _ in range(5):
+        model.step(replace=True)
+        average.update()
+    before = {name: tensor.clone() for name, tensor in average.tensors.items()}
+    good = model.mean
+    assert good is not None
+    misfits: tuple[Tensor | None, ...]
+    misfits = (torch.zeros(4), torch.zeros(3, dtype=torch.int64), None, average.tensors["mean"])
+    for misfit in misfits:
+        model.mean = misfit
+        with pytest.raises(polyak.MatchError):
+            average.update()
+        assert average.updates == 5
+    del misfits, misfit
+    model.mean = good
+    for name, tensor in average.tensors.items():
+        assert torch.equal(tensor, before[name]), name
+    average.update()
+    model.double()
+    average.update()
+    assert average.updates == 7
+    assert torch.equal(average.tensors["mean"], before["mean"] / 4 + good.float() * 0.75)
 
 
 # ── what was held back ───────────────────────────────────────────────────────────────────────────

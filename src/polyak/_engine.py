@@ -142,39 +142,65 @@ class Doubt:
         return self.skip.read() != 0.0
 
 
-class _Plans:
-    """What the kernels work on, and where the live tensors lay when it was made.
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Slots that one kernel mixes, and where their live tensors lay when its views were cut."""
 
-    Args:
-        live: the live tensors, [slots].
-        plans: slots, and the plan for them.
-        holders: [averages][slots], how many views of each average's memory the plans hold.
-    """
+    slots: list[int]
+    plan: kernels.MixPlan
+    entries: list[Entry]
+    live: list[Tensor]
+    places: Places
+    is_sharded: bool
 
-    def __init__(
-        self,
-        live: Sequence[Tensor],
-        plans: list[tuple[list[int], kernels.MixPlan]],
-        holders: list[list[int]],
-    ) -> None:
-        self.plans = plans
-        self.holders = holders
-        self._live = live
-        self._places = Places([plain(tensor) for tensor in live])
-        self._is_sharded = any(is_sharded(tensor) for tensor in live)
-
-    def is_where_it_was(self, entries: Sequence[Entry]) -> bool:
+    def is_where_it_was(self) -> bool:
         """Whether the live tensors are the same, in the same memory, shape and order.
 
         Asked at every update, for a thousand tensors too: so by maps, without a loop in Python.
         """
-        shown = [entry.owner.get(entry.key) for entry in entries]
-        live = self._live
+        shown = [entry.owner.get(entry.key) for entry in self.entries]
+        live = self.live
         if not all(map(is_, shown, live)):  # another buffer, or FSDP2 shows whole parameters
-            live = [local(entry.live()) for entry in entries]
-        elif self._is_sharded:
+            live = [local(entry.live()) for entry in self.entries]
+        elif self.is_sharded:
             live = [local(tensor) for tensor in live]
-        return self._places.still_hold(live)
+        return self.places.still_hold(live)
+
+    def moved(self) -> set[int]:
+        """The slots whose live tensors are elsewhere now."""
+        live = [local(entry.live()) for entry in self.entries]
+        return {self.slots[index] for index in self.places.left_by(live)}
+
+
+class _Plans:
+    """What the kernels work on, cut for all slots.
+
+    Args:
+        groups: of all slots.
+        memory: addresses of the averages.
+        holders: [averages][slots], how many views of each average's memory the plans hold.
+    """
+
+    def __init__(
+        self, groups: list[_Group], memory: frozenset[int], holders: list[list[int]]
+    ) -> None:
+        self.groups, self.memory = groups, memory
+        self._holders, self._counted = holders, self._cuts()
+
+    def _cuts(self) -> list[tuple[_Group, int]]:
+        return [(group, group.plan.cuts) for group in self.groups]
+
+    def holders(self, row: int) -> list[int] | None:
+        """How many views the plans hold, [slots]; None where some were cut since the count."""
+        return self._holders[row] if self._cuts() == self._counted else None
+
+    def moved(self) -> list[_Group]:
+        """The groups of which some live tensor is elsewhere now."""
+        return [group for group in self.groups if not group.is_where_it_was()]
+
+    def exchange(self, old: Sequence[_Group], new: Sequence[_Group]) -> None:
+        """Work on `new` instead of `old`."""
+        self.groups = [*(group for group in self.groups if group not in old), *new]
 
 
 class Engine:
@@ -230,6 +256,8 @@ class Engine:
         self.jumps = 0  # how often the clock was set: by construction, reset and load
         self.views: dict[int, Callable[[], None]] = {}  # of modules that show an average
         self.watchers: dict[int, Callable[[], None]] = {}  # called after each update
+        self._moved: set[int] = set()  # slots whose live tensors have moved since construction
+        self._restless: set[int] = set()  # and those of which that is the custom
         self._watched: list[int] = []  # versions of the live tensors when the watch began
         self._watched_updates = self._watched_steps = 0
         self._device = None if device is None else check_device(device)
@@ -361,9 +389,9 @@ class Engine:
         if self.nonfinite != "raise":
             return
         found = {
-            self.entries[slots[slot]].name: count
-            for slots, plan in self._plans(rows)
-            for slot, count in plan.not_finite().items()
+            self.entries[group.slots[index]].name: count
+            for group in self._plans(rows)
+            for index, count in group.plan.not_finite().items()
         }
         if found:
             some = ", ".join(f"{name!r} ({count})" for name, count in list(found.items())[:3])
@@ -377,11 +405,11 @@ class Engine:
     ) -> None:
         """Mix the live tensors into `rows`, under the guard against NaN and inf."""
         guard = self.nonfinite != "ignore"
-        for slots, plan in self._plans(rows):
-            keys = None if self.rounding == "nearest" else self._rounding_keys(slots)
-            counts = plan.mix_(weights, guard=guard, keys=keys, skip=skip)
+        for group in self._plans(rows):
+            keys = None if self.rounding == "nearest" else self._rounding_keys(group.slots)
+            counts = group.plan.mix_(weights, guard=guard, keys=keys, skip=skip)
             if counts is not None:
-                self._note_held_back(slots, counts)
+                self._note_held_back(group.slots, counts)
 
     def _note_held_back(self, slots: list[int], counts: Tensor) -> None:
         """Add to the counts of these slots, on the device: an update does not wait for them."""
@@ -481,9 +509,10 @@ class Engine:
         """What its uses must gather from other ranks: the shares of a model that is whole here."""
         return [] if self._mesh is None else self.rows[row].tensors
 
-    def check_live(self) -> None:
-        """Raise `MatchError` where a live tensor no longer fits its average."""
-        for entry, average in zip(self.entries, self.rows[0].tensors, strict=True):
+    def check_live(self, slots: Iterable[int] | None = None) -> None:
+        """Raise `MatchError` where a live tensor (of these slots) no longer fits its average."""
+        for slot in range(len(self.entries)) if slots is None else slots:
+            entry, average = self.entries[slot], self.rows[0].tensors[slot]
             live = entry.live()
             if live.numel() and not is_sharded(live) and live.data_ptr() == 0:
                 raise MatchError(
@@ -507,15 +536,14 @@ class Engine:
                     "and load it into a new average of the model as it is now."
                 )
 
-    def live_pieces(self) -> list[Tensor]:
-        """What this rank averages of each live tensor, [slots], detached."""
-        live = [entry.live() for entry in self.entries]
-        if not self.is_spread:
-            return [plain(tensor) for tensor in live]
-        return [
-            plain(tensor) if part is None or is_sharded(tensor) else part.of(plain(tensor))
-            for tensor, part in zip(live, self.parts, strict=True)
-        ]
+    def live_pieces(self, slots: Iterable[int] | None = None) -> list[Tensor]:
+        """What this rank averages of each live tensor (of these slots), detached."""
+        found = []
+        for slot in range(len(self.entries)) if slots is None else slots:
+            live, part = self.entries[slot].live(), self.parts[slot]
+            piece = plain(live)
+            found.append(piece if part is None or is_sharded(live) else part.of(piece))
+        return found
 
     def check_not_lent(self, action: str) -> None:
         """Raise `OrderError` while the live weights are lent, to this average or to another."""
@@ -576,10 +604,12 @@ class Engine:
         """Of which averages nobody but us holds a view, [slots]."""
         row = self.rows[index]
         if self._cached is not None:
-            now = map(sub, map(count_holders, row.tensors), self._cached.holders[index])
-            if -1 not in row.holders and list(now) == row.holders:
-                return [True] * len(row.holders)
-            self.drop_plans()  # their views may have changed since they were counted
+            ours = self._cached.holders(index)
+            if ours is not None and -1 not in row.holders:
+                now = map(sub, map(count_holders, row.tensors), ours)
+                if list(now) == row.holders:
+                    return [True] * len(row.holders)
+            self.drop_plans()
         counts = zip(map(count_holders, row.tensors), row.holders, strict=True)
         return [now == before != -1 for now, before in counts]
 
@@ -654,27 +684,46 @@ class Engine:
     def _follow_live(self) -> None:
         """Notice live tensors that were moved, cast or replaced since the last update."""
         self.inventory.follow_modules()
-        if self._cached is not None and self._cached.is_where_it_was(self.entries):
+        plans = self._cached
+        moved = [] if plans is None else plans.moved()
+        if plans is not None and not moved:
             return
-        live = [entry.live() for entry in self.entries]
-        self.check_live()
-        if self.live_memory() & memory_of(tensor for row in self.rows for tensor in row.tensors):
+        slots = [slot for group in moved for slot in group.slots] or range(len(self.entries))
+        self.check_live(slots)
+        own = self._own_memory() if plans is None else plans.memory
+        if memory_of(self.entries[slot].live() for slot in slots) & own:
             raise MatchError(
                 "live weights must have memory of their own, got some that lie in the average's: "
                 "it would average itself. Write the average into a model with copy_to."
             )
-        self.drop_plans()
+        if plans is None or self._are_restless(moved) or len(moved) == len(plans.groups):
+            self.drop_plans()
         if self._device is None:
             for row in self.rows:
-                self._move(row, live)
+                self._move(row, slots)
+        if self._cached is not None:
+            self._cached.exchange(moved, self._groups(self.rows, slots))
 
-    def _move(self, row: Row, live: Sequence[Tensor]) -> None:
-        """Take the averages of `row` to where the live tensors are."""
-        slots = [
-            slot
-            for slot, (average, tensor) in enumerate(zip(row.tensors, live, strict=True))
-            if average.device != tensor.device
-        ]
+    def _own_memory(self) -> frozenset[int]:
+        return memory_of(tensor for row in self.rows for tensor in row.tensors)
+
+    def _are_restless(self, moved: Sequence[_Group]) -> bool:
+        """Whether some live tensors turn out to move again and again, as replaced buffers do.
+
+        From then on they are a group by themselves, and the views of all others stay.
+        """
+        slots = {slot for group in moved for slot in group.moved()}
+        found = (slots & self._moved) - self._restless
+        self._moved |= slots
+        self._restless |= found
+        return bool(found)
+
+    def _move(self, row: Row, slots: Sequence[int]) -> None:
+        """Take the averages of `row` in these slots to where the live tensors are."""
+        live = {slot: self.entries[slot].live() for slot in slots}
+        slots = [slot for slot in slots if row.tensors[slot].device != live[slot].device]
+        if not slots:
+            return
         moved = self._placed(
             [
                 spread_like(plain(row.tensors[slot]).to(live[slot].device), row.tensors[slot])
@@ -718,34 +767,39 @@ class Engine:
         for slot in new:
             row.holders[slot] = count_holders(row.tensors[slot])
 
-    def _plans(self, rows: Sequence[Row]) -> list[tuple[list[int], kernels.MixPlan]]:
-        """Slots grouped by device and storage dtype, with the views that the kernels work on."""
-        if rows is self.rows and self._cached is not None:
-            return self._cached.plans
-        live = self.live_pieces()
-        before = [list(map(count_holders, row.tensors)) for row in rows]
-        stored = [[plain(tensor) for tensor in row.tensors] for row in rows]
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for slot, tensor in enumerate(stored[0]):
-            groups.setdefault((tensor.device, tensor.dtype), []).append(slot)
-        plans = [
-            (
-                slots,
-                kernels.plan(
-                    [[tensors[slot] for slot in slots] for tensors in stored],
-                    [live[slot] for slot in slots],
-                    {i for i, slot in enumerate(slots) if slot in self._suspects},
-                    [self.parts[slot] for slot in slots],
-                    self.nonfinite != "ignore",
-                ),
-            )
-            for slots in groups.values()
-        ]
-        if rows is self.rows:
+    def _plans(self, rows: Sequence[Row]) -> list[_Group]:
+        """What the kernels work on, for all slots."""
+        if rows is not self.rows:
+            return self._groups(rows, range(len(self.entries)))
+        if self._cached is None:
+            before = [list(map(count_holders, row.tensors)) for row in rows]
+            groups = self._groups(rows, range(len(self.entries)))
             after = [list(map(count_holders, row.tensors)) for row in rows]
             holders = [list(map(sub, *counts)) for counts in zip(after, before, strict=True)]
-            self._cached = _Plans([entry.live() for entry in self.entries], plans, holders)
-        return plans
+            self._cached = _Plans(groups, self._own_memory(), holders)
+        return self._cached.groups
+
+    def _groups(self, rows: Sequence[Row], slots: Iterable[int]) -> list[_Group]:
+        """Slots by device and storage dtype, with the views that the kernels work on."""
+        kinds: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+        for slot in slots:
+            tensor = plain(rows[0].tensors[slot])
+            kind = (tensor.device, tensor.dtype, slot in self._restless)
+            kinds.setdefault(kind, []).append(slot)
+        return [self._group(rows, slots) for slots in kinds.values()]
+
+    def _group(self, rows: Sequence[Row], slots: list[int]) -> _Group:
+        entries = [self.entries[slot] for slot in slots]
+        live = [entry.live() for entry in entries]
+        plan = kernels.plan(
+            [[plain(row.tensors[slot]) for slot in slots] for row in rows],
+            self.live_pieces(slots),
+            {i for i, slot in enumerate(slots) if slot in self._suspects},
+            [self.parts[slot] for slot in slots],
+            self.nonfinite != "ignore",
+        )
+        places = Places([plain(tensor) for tensor in live])
+        return _Group(slots, plan, entries, live, places, any(map(is_sharded, live)))
 
     def _rounding_keys(self, slots: Sequence[int]) -> list[int]:
         update = self.updates + 1

@@ -51,6 +51,11 @@ class Places:
             self._guards = _guards_of(tensors)
         return True
 
+    def left_by(self, tensors: Sequence[Tensor]) -> list[int]:
+        """Which of these tensors have another address than those had."""
+        pairs = enumerate(zip(tensors, self._addresses, strict=True))
+        return [index for index, (tensor, address) in pairs if tensor.data_ptr() != address]
+
 
 def _same_layout(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether tensors at the same addresses are the same in memory, dtype, shape and strides."""

@@ -27,7 +27,14 @@ from ._rows import side_by_side as side_by_side
 
 
 class MixPlan(Protocol):
-    """Live tensors and the averages they flow into, ready to be mixed again and again."""
+    """Live tensors and the averages they flow into, ready to be mixed again and again.
+
+    Attributes:
+        cuts: how often views of the averages were cut or dropped; as long as it is the same number,
+            as many are held.
+    """
+
+    cuts: int
 
     def mix_(
         self,

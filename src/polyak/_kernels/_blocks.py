@@ -108,6 +108,7 @@ class BlockPlan:
         # short-ranged storage always.
         self._averages, self._suspects, self._updates = averages, suspects, 0
         self._parts = [None] * len(live) if parts is None else parts
+        self.cuts = 0
         self._short = {s for s, average in enumerate(averages[0]) if average.dtype in _SHORT_RANGE}
         self._blocks = list(self._cut(BLOCK))
         self._sort_out()
@@ -217,6 +218,7 @@ class BlockPlan:
         self._exact = self._suspects | self._short
         self._loose = [block for block in self._blocks if not self._is_quick(block)]
         self._joined: dict[bool, list[Stretch]] = {}
+        self.cuts += 1
 
     def _stretches(self, guard: bool) -> list[Stretch]:
         """What is read quickly; in blocks what is read twice, to be checked or mixed again."""
@@ -226,6 +228,7 @@ class BlockPlan:
             blocks = self._cut(sys.maxsize) if once else self._blocks
             found = _joined([block for block in blocks if self._is_quick(block)])
             self._joined[guard] = found
+            self.cuts += 1
         return found
 
     def _is_quick(self, block: Block) -> bool:

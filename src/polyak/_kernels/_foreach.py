@@ -24,6 +24,8 @@ class ForeachPlan:
         guard: nothing is prepared for it here.
     """
 
+    cuts = 0  # the views are those it was given
+
     def __init__(
         self,
         averages: Sequence[Sequence[Tensor]],

@@ -99,6 +99,8 @@ class TritonPlan:
         guard: nothing is prepared for it here.
     """
 
+    cuts = 0  # the views are those it was given
+
     def __init__(
         self,
         averages: Sequence[Sequence[Tensor]],
