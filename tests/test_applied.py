@@ -1,9 +1,13 @@
 """`applied()`: lends the average, and gives the trained weights back whatever happens."""
 
 import copy
+import gc
+import io
+import pickle
 import sys
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -13,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
+from polyak import _applied
 from polyak._kernels import _exchange, fingerprint
+from polyak._kernels._fingerprint import Bits as _Bits
 from polyak._kernels._fingerprint import differing
 from zoo import ZOO, Animal, Bits, bits, bits_of, tensors_of, train_step
 
@@ -101,6 +107,27 @@ def test_trained_values_can_be_read_inside_the_block(animal: Animal) -> None:
 
     assert len(saved) >= len(entries)
     assert bits({name: saved[name] for name in entries}) == trained
+
+
+@pytest.mark.usefixtures("tiny_scratch")
+def test_average_can_be_copied_and_pickled_inside_the_block() -> None:
+    """What is written is the values, once each, and not the pieces on which the block works."""
+    model, average = prepared()
+    trained = bits({name: p.detach().clone() for name, p in model.named_parameters()})
+    shown = bits(average.tensors)
+    outside = io.BytesIO()
+    torch.save(average, outside)
+    with average.applied():
+        file = io.BytesIO()
+        torch.save(average, file)
+        copies = [copy.deepcopy(average), pickle.loads(pickle.dumps(average))]
+    assert len(file.getvalue()) < 2 * len(outside.getvalue())
+    file.seek(0)
+    for one in (*copies, torch.load(file, weights_only=False)):
+        loan = one._engine.loan
+        assert loan is not None
+        assert bits({name: loan.live[name] for name, _ in model.named_parameters()}) == trained
+        assert bits(one.tensors) == shown
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -562,6 +589,20 @@ def test_an_exchange_knows_at_any_copy_where_the_live_values_are(
     assert torch.equal(torch.cat([*live, *averages]), numbers)
 
 
+def test_large_pieces_take_two_copies_each_way_and_small_ones_three(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 20 numbers two pieces fill the scratch of eight; the other four go with the next three."""
+    monkeypatch.setattr(_exchange, "SCRATCH_BYTES", 32)
+    live, averages = [[torch.ones(20), torch.ones(3)] for _ in range(2)]
+    exchange = _exchange.Exchange(list(zip(live, averages, strict=True)))
+    breaker = Breaker(monkeypatch, "before", Interrupted)
+    for way in (exchange.do, exchange.undo):
+        breaker.arm()
+        way()
+        assert breaker.calls == 2 * 2 + 3 + 4, "and four tensors too short for sums are cloned"
+
+
 @contextmanager
 def interrupted_at(call: int) -> Iterator[list[str]]:
     """Raise KeyboardInterrupt at the n-th entry into a function of polyak, as a signal would."""
@@ -988,6 +1029,23 @@ def test_each_bit_shows_in_the_fingerprint(dtype: torch.dtype, offset: int, size
         assert not torch.equal(fingerprint(tensor), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("offset", range(4))
+@pytest.mark.parametrize("size", [1, 3, 4_017, 30_001])
+def test_each_bit_shows_in_the_sums_wherever_the_memory_begins(
+    dtype: torch.dtype, offset: int, size: int
+) -> None:
+    """Also in front of the first address that is a multiple of eight, and behind the last."""
+    tensor = torch.zeros((size + offset) * dtype.itemsize, dtype=torch.uint8).view(dtype)[offset:]
+    bits, data = _Bits(tensor), tensor.view(torch.uint8)
+    before = bits.sums()
+    for place in {*range(min(9, data.numel())), *range(max(0, data.numel() - 9), data.numel())}:
+        data[place] ^= 1
+        assert differing([before], [bits.sums()]) == [0], place
+        data[place] ^= 1
+    assert differing([before], [bits.sums()]) == []
+
+
 @pytest.mark.parametrize("width", [31, 251, 256, 257, 514, 768, 1_024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_rows_that_change_places_and_signs_show_in_the_fingerprint(
@@ -1231,6 +1289,62 @@ def test_kept_traceback_does_not_make_later_blocks_dearer(
 
     assert made.bytes <= 16 * 2**20
     assert kept.tb is not None
+
+
+def test_kept_traceback_keeps_no_copy_of_the_weights() -> None:
+    """A copy in which trained weights waited goes with the block, whoever looks at its frames."""
+    live = {"w": torch.ones(12_345, dtype=torch.bfloat16)}
+    average = polyak.Average(live)
+
+    def evaluate() -> None:
+        with average.applied():
+            live["w"].mul_(2)
+
+    with pytest.raises(polyak.OrderError, match="must not change") as kept:
+        evaluate()
+
+    gc.collect()
+    found = [o for o in gc.get_objects() if type(o) is Tensor and o.shape == (12_345,)]
+    assert {t.untyped_storage().data_ptr() for t in found if t.dtype == torch.bfloat16} == {
+        live["w"].untyped_storage().data_ptr()
+    }
+    assert kept.tb is not None
+
+
+@pytest.mark.parametrize("ends", ["well", "raises", "interrupted", "entry fails"])
+def test_nothing_of_a_block_waits_for_the_garbage_collector(
+    ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Views of averages that go on living would make later blocks copy what they can exchange."""
+    _, average = prepared()
+    blocks: list[weakref.ref[object]] = []
+    build = _applied._Lender
+
+    def built(*args: Any) -> object:
+        lender = build(*args)
+        blocks.append(weakref.ref(lender))
+        return lender
+
+    @contextmanager
+    def another_rank_fails(*_: Any) -> Iterator[None]:
+        yield
+        raise ValueError("theirs")
+
+    monkeypatch.setattr(_applied, "_Lender", built)
+    if ends == "entry fails":
+        monkeypatch.setattr(_applied, "agreed", another_rank_fails)
+    error = {"raises": ValueError, "interrupted": KeyboardInterrupt}.get(ends)
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(ValueError, KeyboardInterrupt), average.applied():
+            average.state_dict()
+            if error is not None:
+                raise error
+        assert [block() for block in blocks] == [None]
+        assert all(average._engine.alone(0))
+    finally:
+        gc.enable()
 
 
 def test_scratch_is_given_back_after_the_block() -> None:

@@ -30,9 +30,9 @@ def applied(engine: Engine, row: int = 0) -> Iterator[None]:
 
     Values change in place, storages stay: optimizers, hooks, compiled code and CUDA graphs keep
     pointing at the same memory, and a graph built before the block is valid after it. Where dtype,
-    device and memory order agree, live and average swap values through a scratch of 1 MiB (16 on a
-    GPU). Elsewhere, and where somebody holds a view of the average, the live values wait in a copy.
-    Buffers always do, so that a forward pass in training mode costs nothing. What is computed
+    device and memory order agree, live and average exchange values through a scratch of 1 MiB (16
+    on a GPU). Elsewhere, and where somebody holds a view of the average, the live values wait in a
+    copy. Buffers always do, so that a forward pass in training mode costs nothing. What is computed
     inside must be differentiated inside: later, a backward pass reads the trained weights.
 
     FSDP2 modules gather their shards anew at both ends. An average that is shared out over ranks
@@ -129,18 +129,11 @@ class _Lender:
         for pair, parameter in enumerate(swapped):
             slot = self._engine.slots[parameter.entry.name]
             tensors[slot] = spread_like(parameter.data, averages[slot])
-            self._trained[parameter.entry.name] = partial(self._put_together, pair, parameter)
+            # Nothing in it leads back to us: a cycle would keep all views until it is collected.
+            self._trained[parameter.entry.name] = partial(
+                _put_together, self._exchange, pair, parameter.data, parameter.tensor
+            )
         return Loan(self._row, tensors, _Trained(self._trained), self._memory)
-
-    @torch.no_grad()
-    def _put_together(self, pair: int, parameter: "_Live") -> Tensor:
-        """A copy of the trained values of one that was swapped, which may wait in several parts."""
-        values = torch.empty_like(parameter.data)
-        parts = self._exchange.waiting(pair)
-        rooms = values.as_strided((values.numel(),), (1,)).split([part.numel() for part in parts])
-        for room, part in zip(rooms, parts, strict=True):
-            room.copy_(part)
-        return spread_like(values, parameter.tensor)
 
     @torch.no_grad()
     def give(self) -> None:
@@ -198,7 +191,7 @@ class _Lender:
         """Note parameters that somebody wrote: by their versions, or by their bits."""
         swapped = [p for p in self._parameters if p.swapped]
         written = {id(p) for p in self._parameters if version_of(p.tensor) != p.version}
-        written |= {id(swapped[pair]) for pair in self._exchange.written()}
+        written |= {id(swapped[pair]) for pair in self._exchange.written}
         for parameter in self._parameters:
             name = parameter.entry.name
             if (id(parameter) in written or parameter.moved) and name not in self.changed:
@@ -254,8 +247,23 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
 
 
+@torch.no_grad()
+def _put_together(exchange: kernels.Exchange, pair: int, data: Tensor, shown: Tensor) -> Tensor:
+    """A copy of the trained values of a parameter that was exchanged: they wait in parts."""
+    values = torch.empty_like(data)
+    parts = exchange.waiting(pair)
+    rooms = values.as_strided((values.numel(),), (1,)).split([part.numel() for part in parts])
+    for room, part in zip(rooms, parts, strict=True):
+        room.copy_(part)
+    return spread_like(values, shown)
+
+
 class _Trained(Mapping[str, Tensor]):
-    """Trained values by name, read where they wait for the end of a loan."""
+    """Trained values by name, read where they wait for the end of a loan; not to be kept.
+
+    Args:
+        readers: of each, what returns it: a copy, or the memory in which it waits.
+    """
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
         self._readers = readers
@@ -271,3 +279,7 @@ class _Trained(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._readers)
+
+    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[list[tuple[str, Tensor]]]]:
+        """Copied and pickled as the values alone, without the views that lead to them."""
+        return dict, ([(name, value.clone()) for name, value in self.items()],)

@@ -266,15 +266,21 @@ def come_back(layout: str, dtype: torch.dtype) -> None:
         for parameter in model.parameters():
             mine(parameter).view(-1)[:1] = -0.0
             mine(parameter).view(-1)[1:2] = float("nan")
-    parts = {name: mine(tensor) for name, tensor in tensors_of(model).items()}
+    live = tensors_of(model)
+    parts = {name: mine(tensor) for name, tensor in live.items()}
     before = {name: part.clone() for name, part in parts.items()}
-    for handed_out in ({}, average.tensors):
+    for is_held in (False, True):  # exchanged, and copied
+        handed_out = average.tensors if is_held else {}
         averaged = {name: mine(tensor).clone() for name, tensor in average.tensors.items()}
         lent = {name: tensor.to(dtype) for name, tensor in averaged.items()}
         with suppress(Stop), average.applied():
             same({name: parts[name] for name in lent}, lent, "lent")
             seen = {name: mine(tensor) for name, tensor in average.tensors.items()}
             same(seen, averaged, "shown meanwhile")
+            waiting = average.state_dict()["live"]
+            trained = {name: before[name] for name in lent}
+            same({name: mine(waiting[name]) for name in lent}, trained, "waiting for the end")
+            assert all(laid_out(waiting[name]) == laid_out(live[name]) for name in lent)
             for name, tensor in handed_out.items():
                 same(mine(tensor), averaged[name], f"{name} was handed out")
             raise Stop

@@ -92,4 +92,6 @@ def _same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether two lists of vectors are equal, end to end."""
     if len(ones) != len(others):
         return False
+    if len(ones) == 1:
+        return torch.equal(ones[0], others[0])
     return torch.equal(torch.cat(list(ones)), torch.cat(list(others)))
