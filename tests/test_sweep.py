@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import polyak
 from polyak._fit import plan
 from polyak._posthoc import Run, open_run
 from polyak._sweep import servable
+from polyak.cli import main
 from zoo import bits
 
 PAIR = {"short": polyak.Power(sigma_rel=0.05), "long": polyak.Power(sigma_rel=0.10)}
@@ -506,3 +508,34 @@ def test_one_point_is_a_curve(folder: Path, tmp_path: Path) -> None:
     assert found.best == found.points[0] == found.plateau[0] == found.plateau[1]
     found.plot(tmp_path / "curve.png")
     assert "*" in str(found)
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_command_scores_each_length_once_and_anew_when_asked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the score command reads may change behind the same words: then --fresh."""
+    log, value = tmp_path / "asked", tmp_path / "value"
+    script = tmp_path / "score.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        f"with open({str(log)!r}, 'a') as log: log.write(sys.argv[1] + '\\n')\n"
+        f"print('loss', pathlib.Path({str(value)!r}).read_text())\n"
+    )
+    words = ["sweep", str(folder), "--score", f"{sys.executable} {script} {{}}", "--sigma-rel"]
+    words += ["0.1,0.15", "--lower-is-better", "--json", "--quiet"]
+
+    def scores(*more: str) -> tuple[list[float], int]:
+        log.write_text("")
+        assert main([*words, *more]) == 0
+        points = json.loads(capsys.readouterr().out)["points"]
+        return [point["score"] for point in points], len(log.read_text().splitlines())
+
+    value.write_text("0.5")
+    assert scores() == ([0.5, 0.5], 2)
+    value.write_text("0.25")
+    assert scores() == ([0.5, 0.5], 0)
+    assert scores("--fresh") == ([0.25, 0.25], 2)
+    assert scores() == ([0.25, 0.25], 0)

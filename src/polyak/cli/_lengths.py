@@ -161,13 +161,16 @@ def sweep(
             "--plot", help="Draw the curve into this file too.", show_default="no picture"
         ),
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Score anew what an earlier sweep has scored.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Score averages of many lengths, from the snapshots of one run, and find the best.
 
     Scores are kept in DIR by the words of the command, so that a sweep that was stopped goes on:
-    when what the command reads has changed, remove DIR/.scores-*.json.
+    when what the command reads has changed, ask for --fresh ones.
 
     Example: polyak sweep snapshots/ --score "python eval.py {}"
     """
@@ -178,6 +181,9 @@ def sweep(
         if out is not None:
             check_picture(out)  # before the scores, which cost
         lengths = _targets(given, open_run(directory), at) or None
+        scores = directory / f".scores-{_digest(score)}.json"
+        if fresh:
+            scores.unlink(missing_ok=True)
         found = polyak.sweep(
             directory,
             lambda path: run_score(score, path),
@@ -186,7 +192,7 @@ def sweep(
             lengths=lengths,
             at=at,
             max_error=max_error,
-            cache=directory / f".scores-{_digest(score)}.json",
+            cache=scores,
             progress=None if quiet else _say,
         )
         with written_whole(directory / SWEEP) as temporary:
