@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def test_a_row_with_nan_is_mixed_as_one(
         live[slot].view(-1)[-1] = math.nan
     rows = [[torch.full_like(x, value, dtype=dtype) for x in live] for value in (1.0, 2.0, -3e38)]
     rows[2][7].view(-1)[-1] = math.inf
+    live[9].view(-1)[0] = rows[2][9].view(-1)[0] = math.inf  # no incident for the last of them
     apart = [[tensor.clone() for tensor in row] for row in rows]
     placed = [kernels.side_by_side(row, [live_dtype] * len(row)) for row in rows]
     skip = None if skipped is None else torch.tensor(skipped)
@@ -132,7 +134,8 @@ def test_a_row_with_nan_is_mixed_as_one(
 
     assert counts is not None
     assert expected is not None
-    assert counts.tolist() == expected.tolist() == [int(slot in (0, 7, 19)) for slot in range(20)]
+    found = [int(slot in (0, 7, 9, 19)) for slot in range(20)]
+    assert counts.tolist() == expected.tolist() == found
     for row, others in zip(placed, apart, strict=True):
         assert all(map(torch.equal, row, others))
 
@@ -869,6 +872,94 @@ def test_a_restless_buffer_that_no_longer_fits_is_refused_before_anything_moves(
     average.update()
     assert average.updates == 7
     assert torch.equal(average.tensors["mean"], before["mean"] / 4 + good.float() * 0.75)
+
+
+def test_what_was_replaced_is_let_go() -> None:
+    """Only the newest of them is alive, or a run would keep one model too many."""
+    live = {"a": torch.ones(3), "restless": torch.ones(4)}
+    average = polyak.Average(live, HALF)
+    generations: list[weakref.ref[Tensor]] = []
+    for _ in range(8):
+        live["restless"] = live["restless"] + 1.0
+        generations.append(weakref.ref(live["restless"]))
+        average.update()
+    assert [one() is not None for one in generations] == [False] * 7 + [True]
+
+
+def test_the_memory_of_an_average_that_was_moved_is_still_its_own() -> None:
+    """Whoever holds a view may move what lies under it; to average it into itself is refused."""
+    live = {"a": torch.ones(3), "restless": torch.ones(20_000)}
+    average = polyak.Average(live, HALF)
+    for _ in range(5):
+        live["restless"] = live["restless"] + 1.0
+        average.update()
+    view = average.tensors["restless"]
+    view.share_memory_()
+    live["restless"] = view
+    with pytest.raises(polyak.MatchError, match="memory of their own"):
+        average.update()
+
+
+@pytest.mark.parametrize("part", ["all", "layer"])
+def test_a_cast_there_and_back_makes_nothing_restless(part: str) -> None:
+    """Moves at every update do; so the views of a model that was cast once stay afterwards."""
+    model = Restless()
+    average = polyak.Average(model, HALF)
+    cast = model if part == "all" else model.layers[0]
+    average.update()
+    for dtype in (torch.bfloat16, torch.float32):
+        cast.to(dtype)
+        average.update()
+        if part == "layer":
+            average.update()  # what moves at two updates running, beside others that stay, is
+    assert average._engine._restless == set()
+
+
+@pytest.mark.parametrize("restless", [False, True])
+def test_what_has_healed_is_not_suspected_again(restless: bool) -> None:
+    """Of two dtypes, beside others and replaced at each step: blocks keep the views then."""
+    live = {"a": torch.ones(3, dtype=torch.float64), "b": torch.ones(2), "c": torch.ones(4)}
+    live["a"][0], live["c"][1] = math.nan, math.nan
+    average = polyak.Average(live, HALF)
+    for step in range(6):
+        if restless:
+            live["c"] = torch.full((4,), float(step))
+        else:
+            live["c"].fill_(step)
+        live["a"].fill_(step)
+        average.update()
+        if step > 2 and not restless:
+            assert all(average._engine.alone(0))
+            assert average._engine._cached is not None, "counted, not dropped"
+        elif step == 2:
+            average._engine.drop_plans()
+    assert average._engine._suspects == set()
+    # The first update heals with 0; elsewhere the 1 of the beginning has been halved six times.
+    expected = sum(step / 2 ** (6 - step) for step in range(1, 6))
+    assert average.tensors["a"].tolist() == [expected, *[1 / 64 + expected] * 2]
+    assert average.tensors["c"].tolist() == [1 / 64 + expected, expected, *[1 / 64 + expected] * 2]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("views", range(1, 6))
+def test_views_of_a_copy_are_seen(how: str, views: int) -> None:
+    """However many there are: as many as the neighbours of a small average would hold, too."""
+    live = {f"w{i}": torch.full((3,), float(i)) for i in range(4)}
+    average = polyak.Average(live, HALF)
+    live["w0"] += 1.0
+    average.update()
+    copied = copy.deepcopy(average) if how == "deepcopy" else pickle.loads(pickle.dumps(average))
+    held = [copied.tensors["w0"] for _ in range(views)]
+    with copied.applied():
+        assert all(torch.equal(view, average.tensors["w0"]) for view in held)
+
+
+def test_a_pickle_is_as_large_as_its_values() -> None:
+    """Not as large as all rows once for each tensor that lies in them."""
+    live = {f"w{i}": torch.ones(30) for i in range(200)}
+    alone = {"w": torch.ones(6_000)}
+    sizes = [len(pickle.dumps(polyak.Average(source, HALF))) for source in (live, alone)]
+    assert sizes[0] < 2 * sizes[1] + 200 * 2_500  # names, and what a tensor costs beside its values
 
 
 # ── what was held back ───────────────────────────────────────────────────────────────────────────

@@ -279,7 +279,3 @@ class _Trained(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._readers)
-
-    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[list[tuple[str, Tensor]]]]:
-        """Copied and pickled as the values alone, without the views that lead to them."""
-        return dict, ([(name, value.clone()) for name, value in self.items()],)

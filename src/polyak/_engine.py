@@ -1,5 +1,6 @@
 """The one thing with state: live tensors, the averages of them, a clock, and schedules."""
 
+import copy
 import inspect
 import math
 import numbers
@@ -86,6 +87,23 @@ class Row:
     damage: str = ""  # why it must not be used
     stalled: str = ""  # what to say when rounding has swallowed whole updates
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles: each average in memory of its own, or each would bring its whole row.
+
+        Who will hold it where it is read cannot be known: so it is taken to be looked at.
+        """
+        tensors = [
+            tensor.detach().clone() if shares_memory(tensor) else tensor for tensor in self.tensors
+        ]
+        return {**vars(self), "tensors": tensors, "holders": [-1] * len(tensors)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Row":
+        """With the same tensors side by side, so that the same holders count."""
+        copied = memo[id(self)] = replace(self)
+        for name, value in vars(self).items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        return copied
+
 
 @dataclass(frozen=True)
 class Loan:
@@ -152,6 +170,7 @@ class _Group:
     live: list[Tensor]
     places: Places
     is_sharded: bool
+    suspects: set[int]  # indices here; the plan takes out what heals
 
     def is_where_it_was(self) -> bool:
         """Whether the live tensors are the same, in the same memory, shape and order.
@@ -166,10 +185,14 @@ class _Group:
             live = [local(tensor) for tensor in live]
         return self.places.still_hold(live)
 
-    def moved(self) -> set[int]:
-        """The slots whose live tensors are elsewhere now."""
+    def moved_slots(self) -> set[int]:
+        """The slots whose live tensors are at another address now."""
         live = [local(entry.live()) for entry in self.entries]
         return {self.slots[index] for index in self.places.left_by(live)}
+
+    def healed_slots(self) -> set[int]:
+        """The slots whose averages are not suspected of NaN or inf, or not any more."""
+        return set(self.slots) - {self.slots[index] for index in self.suspects}
 
 
 class _Plans:
@@ -177,22 +200,26 @@ class _Plans:
 
     Args:
         groups: of all slots.
-        memory: addresses of the averages.
+        averages: which these work on, one for each memory that they lie in.
         holders: [averages][slots], how many views of each average's memory the plans hold.
     """
 
     def __init__(
-        self, groups: list[_Group], memory: frozenset[int], holders: list[list[int]]
+        self, groups: list[_Group], averages: list[Tensor], holders: list[list[int]]
     ) -> None:
-        self.groups, self.memory = groups, memory
-        self._holders, self._counted = holders, self._cuts()
+        self.groups, self._averages = groups, averages
+        self._holders, self._when_counted = holders, self._cuts()
 
-    def _cuts(self) -> list[tuple[_Group, int]]:
-        return [(group, group.plan.cuts) for group in self.groups]
+    def _cuts(self) -> list[tuple[int, int]]:
+        return [(id(group), group.plan.cuts) for group in self.groups]
 
     def holders(self, row: int) -> list[int] | None:
         """How many views the plans hold, [slots]; None where some were cut since the count."""
-        return self._holders[row] if self._cuts() == self._counted else None
+        return self._holders[row] if self._cuts() == self._when_counted else None
+
+    def memory(self) -> frozenset[int]:
+        """Addresses of the memory that the averages lie in, now: whoever has a view may move it."""
+        return memory_of(self._averages)
 
     def moved(self) -> list[_Group]:
         """The groups of which some live tensor is elsewhere now."""
@@ -201,6 +228,7 @@ class _Plans:
     def exchange(self, old: Sequence[_Group], new: Sequence[_Group]) -> None:
         """Work on `new` instead of `old`."""
         self.groups = [*(group for group in self.groups if group not in old), *new]
+        self._when_counted = []
 
 
 class Engine:
@@ -256,8 +284,9 @@ class Engine:
         self.jumps = 0  # how often the clock was set: by construction, reset and load
         self.views: dict[int, Callable[[], None]] = {}  # of modules that show an average
         self.watchers: dict[int, Callable[[], None]] = {}  # called after each update
-        self._moved: set[int] = set()  # slots whose live tensors have moved since construction
-        self._restless: set[int] = set()  # and those of which that is the custom
+        self._moved: set[int] = set()  # slots whose live tensors had moved when they last did,
+        self._moved_at = -1  # before the update after this one
+        self._restless: set[int] = set()  # those that moved before two updates running
         self._watched: list[int] = []  # versions of the live tensors when the watch began
         self._watched_updates = self._watched_steps = 0
         self._device = None if device is None else check_device(device)
@@ -271,6 +300,8 @@ class Engine:
             )
         self._mesh = None if shard is None else mesh_of(shard, self.entries[0].live().device)
         self.rows = [Row(s, [], [], Memory(), {}) for s in schedules]
+        self._suspects: set[int] = set()  # slots whose averages hold NaN or inf
+        self._cached: _Plans | None = None
         self._start_clock(check_time(now))
         live = [entry.live() for entry in self.entries]
         for row in self.rows:
@@ -286,8 +317,18 @@ class Engine:
         self.copy_live()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the plans: they are views of these tensors, and a copy has others."""
-        return {**vars(self), "_cached": None}
+        """All but the plans: they are views of these tensors, and a copy has others.
+
+        Inside `applied()` the averaged values are in the live model; the copy has them for itself,
+        over a copy of the model that shows them too.
+        """
+        state = {**vars(self), "_cached": None}
+        if self.loan is not None:
+            rows, lent = list(self.rows), self.rows[self.loan.row]
+            values = [tensor.detach().clone() for tensor in self.loan.tensors]
+            rows[self.loan.row] = replace(lent, tensors=values, holders=[-1] * len(values))
+            state |= {"rows": rows, "loan": None}
+        return state
 
     # ── the clock ────────────────────────────────────────────────────────────────────────────────
 
@@ -615,7 +656,14 @@ class Engine:
 
     def drop_plans(self) -> None:
         """Let go of all views into averages, so that references to their memory can be counted."""
-        self._cached: _Plans | None = None
+        if self._cached is not None:
+            self._note_healed(self._cached.groups)
+        self._cached = None
+
+    def _note_healed(self, groups: Sequence[_Group]) -> None:
+        """What these plans have found to be healed is no suspect for the next ones."""
+        for group in groups if self._suspects else ():
+            self._suspects -= group.healed_slots()
 
     def set_clock(
         self, origin: float, now: float, updates: int, steps: int, history: History
@@ -673,13 +721,13 @@ class Engine:
         self._watched = [version_of(entry.live()) for entry in self.entries]
         self._watched_updates, self._watched_steps = self.updates, self.steps
         self._differs = False
+        self.drop_plans()
         self._suspects = {
             slot
             for row in self.rows
             for slot, tensor in enumerate(row.tensors)
             if not kernels.all_finite(plain(tensor))
         }
-        self.drop_plans()
 
     def _follow_live(self) -> None:
         """Notice live tensors that were moved, cast or replaced since the last update."""
@@ -690,7 +738,7 @@ class Engine:
             return
         slots = [slot for group in moved for slot in group.slots] or range(len(self.entries))
         self.check_live(slots)
-        own = self._own_memory() if plans is None else plans.memory
+        own = self._own_memory() if plans is None else plans.memory()
         if memory_of(self.entries[slot].live() for slot in slots) & own:
             raise MatchError(
                 "live weights must have memory of their own, got some that lie in the average's: "
@@ -702,19 +750,24 @@ class Engine:
             for row in self.rows:
                 self._move(row, slots)
         if self._cached is not None:
+            self._note_healed(moved)
             self._cached.exchange(moved, self._groups(self.rows, slots))
 
     def _own_memory(self) -> frozenset[int]:
         return memory_of(tensor for row in self.rows for tensor in row.tensors)
 
     def _are_restless(self, moved: Sequence[_Group]) -> bool:
-        """Whether some live tensors turn out to move again and again, as replaced buffers do.
+        """Whether some live tensors turn out to move at every update, as replaced buffers do.
 
-        From then on they are a group by themselves, and the views of all others stay.
+        From then on they are a group by themselves, and the views of all others stay. A model that
+        is cast or offloaded as a whole tells nothing.
         """
-        slots = {slot for group in moved for slot in group.moved()}
-        found = (slots & self._moved) - self._restless
-        self._moved |= slots
+        slots = {slot for group in moved for slot in group.moved_slots()}
+        again = self._moved if self._moved_at == self.updates - 1 else set()
+        found = (slots & again) - self._restless
+        self._moved, self._moved_at = slots, self.updates
+        if len(slots) == len(self.entries):
+            return False
         self._restless |= found
         return bool(found)
 
@@ -739,11 +792,7 @@ class Engine:
         Those of a module must each have their own: writers of files, and whoever looks at where a
         tensor lies, take one memory for one tensor under several names.
         """
-        sharing = [
-            slot
-            for slot, average in enumerate(row.tensors)
-            if not is_sharded(average) and average.untyped_storage().nbytes() > average.nbytes
-        ]
+        sharing = [slot for slot, average in enumerate(row.tensors) if shares_memory(average)]
         if not sharing:
             return
         self.drop_plans()
@@ -776,7 +825,12 @@ class Engine:
             groups = self._groups(rows, range(len(self.entries)))
             after = [list(map(count_holders, row.tensors)) for row in rows]
             holders = [list(map(sub, *counts)) for counts in zip(after, before, strict=True)]
-            self._cached = _Plans(groups, self._own_memory(), holders)
+            averages = {
+                local(tensor).untyped_storage().data_ptr(): tensor
+                for row in rows
+                for tensor in row.tensors
+            }
+            self._cached = _Plans(groups, list(averages.values()), holders)
         return self._cached.groups
 
     def _groups(self, rows: Sequence[Row], slots: Iterable[int]) -> list[_Group]:
@@ -791,15 +845,16 @@ class Engine:
     def _group(self, rows: Sequence[Row], slots: list[int]) -> _Group:
         entries = [self.entries[slot] for slot in slots]
         live = [entry.live() for entry in entries]
+        suspects = {i for i, slot in enumerate(slots) if slot in self._suspects}
         plan = kernels.plan(
             [[plain(row.tensors[slot]) for slot in slots] for row in rows],
             self.live_pieces(slots),
-            {i for i, slot in enumerate(slots) if slot in self._suspects},
+            suspects,
             [self.parts[slot] for slot in slots],
             self.nonfinite != "ignore",
         )
         places = Places([plain(tensor) for tensor in live])
-        return _Group(slots, plan, entries, live, places, any(map(is_sharded, live)))
+        return _Group(slots, plan, entries, live, places, any(map(is_sharded, live)), suspects)
 
     def _rounding_keys(self, slots: Sequence[int]) -> list[int]:
         update = self.updates + 1
@@ -984,6 +1039,11 @@ def kind(tensor: Tensor) -> str:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written in place; -1 for inference tensors, which do not count."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def shares_memory(average: Tensor) -> bool:
+    """Whether it lies in a row with others."""
+    return not is_sharded(average) and average.untyped_storage().nbytes() > average.nbytes
 
 
 def count_holders(tensor: Tensor) -> int:

@@ -52,7 +52,7 @@ class Places:
         return True
 
     def left_by(self, tensors: Sequence[Tensor]) -> list[int]:
-        """Which of these tensors have another address than those had."""
+        """Which of these tensors have another address than those had, whatever their layout."""
         pairs = enumerate(zip(tensors, self._addresses, strict=True))
         return [index for index, (tensor, address) in pairs if tensor.data_ptr() != address]
 
