@@ -41,7 +41,7 @@ def blocks(
     times: dict[str, list[float]] = {}
     extra: dict[str, list[int]] = {}
     order = random.Random(1)
-    for _ in range(1 if quick else 3):
+    for _ in range(1 if quick else 7):
         for contestant in order.sample(asked, len(asked)):
             model = make()
             running = contestant.make(model, [DECAY])
