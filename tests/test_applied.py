@@ -57,6 +57,16 @@ def state_of(model: nn.Module, average: polyak.Average | polyak.Window) -> tuple
     return bits(model), bits(average.tensors)
 
 
+def followed(animal: Animal) -> tuple[nn.Module, polyak.Average]:
+    """One of the zoo after two steps of training, and an average that followed it."""
+    model = animal.build()
+    average = polyak.Average(model, polyak.Exponential(decay=0.5, debias=False))
+    for seed in range(2):
+        train_step(model, animal.inputs(), torch.Generator().manual_seed(seed))
+        average.update()
+    return model, average
+
+
 @pytest.fixture
 def tiny_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch for eight float32 numbers: every tensor of `small` is cut or shares a piece."""
@@ -70,11 +80,7 @@ def tiny_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("animal", ZOO, ids=lambda animal: animal.name)
 def test_tensors_larger_than_the_scratch_are_lent_whole(animal: Animal) -> None:
     """However small the scratch, the block shows `weights()` and the trained bits come back."""
-    model = animal.build()
-    average = polyak.Average(model, polyak.Exponential(decay=0.5, debias=False))
-    for seed in range(2):
-        train_step(model, animal.inputs(), torch.Generator().manual_seed(seed))
-        average.update()
+    model, average = followed(animal)
     before = state_of(model, average)
     weights = {k: v for k, v in average.weights().items() if isinstance(v, Tensor)}
 
@@ -89,11 +95,7 @@ def test_tensors_larger_than_the_scratch_are_lent_whole(animal: Animal) -> None:
 @pytest.mark.parametrize("animal", ZOO, ids=lambda animal: animal.name)
 def test_trained_values_can_be_read_inside_the_block(animal: Animal) -> None:
     """However many places they wait in: a checkpoint has them, the report compares with them."""
-    model = animal.build()
-    average = polyak.Average(model, polyak.Exponential(decay=0.5, debias=False))
-    for seed in range(2):
-        train_step(model, animal.inputs(), torch.Generator().manual_seed(seed))
-        average.update()
+    _, average = followed(animal)
     entries = {entry.name: entry for entry in average._engine.entries}
     trained = bits({name: entry.live().detach() for name, entry in entries.items()})
     distance = average.report().distance

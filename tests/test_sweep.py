@@ -537,5 +537,8 @@ def test_the_command_scores_each_length_once_and_anew_when_asked(
     assert scores() == ([0.5, 0.5], 2)
     value.write_text("0.25")
     assert scores() == ([0.5, 0.5], 0)
+    assert main([*words, "--fresh", "--at", "7"]) != 0, "no moment of a snapshot"
+    capsys.readouterr()
+    assert scores() == ([0.5, 0.5], 0), "what is refused costs no score"
     assert scores("--fresh") == ([0.25, 0.25], 2)
     assert scores() == ([0.25, 0.25], 0)

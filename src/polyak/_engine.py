@@ -738,7 +738,8 @@ class Engine:
             return
         slots = [slot for group in moved for slot in group.slots] or range(len(self.entries))
         self.check_live(slots)
-        own = self._own_memory() if plans is None else plans.memory()
+        averages = (tensor for row in self.rows for tensor in row.tensors)
+        own = memory_of(averages) if plans is None else plans.memory()
         if memory_of(self.entries[slot].live() for slot in slots) & own:
             raise MatchError(
                 "live weights must have memory of their own, got some that lie in the average's: "
@@ -752,9 +753,6 @@ class Engine:
         if self._cached is not None:
             self._note_healed(moved)
             self._cached.exchange(moved, self._groups(self.rows, slots))
-
-    def _own_memory(self) -> frozenset[int]:
-        return memory_of(tensor for row in self.rows for tensor in row.tensors)
 
     def _are_restless(self, moved: Sequence[_Group]) -> bool:
         """Whether some live tensors turn out to move at every update, as replaced buffers do.

@@ -177,6 +177,7 @@ def sweep(
     at: float | None = None,
     max_error: float = MAX_ERROR,
     cache: str | PathLike[str] | None = None,
+    fresh: bool = False,
     opaque: Opaque | None = None,
     progress: Told | None = None,
 ) -> Sweep:
@@ -198,7 +199,8 @@ def sweep(
         at: the moment at which all of them end, that of a snapshot; the newest unless given.
         max_error: as for `reconstruct`.
         cache: a file in which scores are kept as they come, so that a sweep that was stopped goes
-            on. It belongs to one score function: take another file when that changes.
+            on. It belongs to one score function: take another file when that changes, or `fresh`.
+        fresh: score anew what the cache holds; it is replaced when the first score is there.
         opaque: as for `reconstruct`.
         progress: called with lengths done and in all.
 
@@ -214,7 +216,7 @@ def sweep(
     if not targets:
         raise ArgumentError("lengths must be at least one schedule, got none.")
     found = [run.reconstruct(target, at=at, max_error=max_error) for target in targets]
-    scores = _Cache(None if cache is None else Path(cache), run)
+    scores = _Cache(None if cache is None else Path(cache), run, fresh=fresh)
     points = []
     for done, one in enumerate(found):
         if progress is not None:
@@ -303,7 +305,7 @@ def _checked(value: object, one: Reconstruction) -> float:
 class _Cache:
     """Scores by what was scored, in a file that is written whole after each of them."""
 
-    def __init__(self, path: Path | None, run: Run) -> None:
+    def __init__(self, path: Path | None, run: Run, *, fresh: bool) -> None:
         self._path = path
         self._stamp = _stamp(run)
         self._scores: dict[str, float] = {}
@@ -319,6 +321,8 @@ class _Cache:
                     f"cache must be a file that sweep wrote, got {str(path)!r} ({error}). "
                     "Remove it, or name another."
                 ) from error
+        if fresh:
+            self._scores = {}
 
     def get(self, one: Reconstruction) -> float | None:
         return self._scores.get(self._key(one))

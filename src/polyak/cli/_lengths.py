@@ -181,9 +181,6 @@ def sweep(
         if out is not None:
             check_picture(out)  # before the scores, which cost
         lengths = _targets(given, open_run(directory), at) or None
-        scores = directory / f".scores-{_digest(score)}.json"
-        if fresh:
-            scores.unlink(missing_ok=True)
         found = polyak.sweep(
             directory,
             lambda path: run_score(score, path),
@@ -192,7 +189,8 @@ def sweep(
             lengths=lengths,
             at=at,
             max_error=max_error,
-            cache=scores,
+            cache=directory / f".scores-{_digest(score)}.json",
+            fresh=fresh,
             progress=None if quiet else _say,
         )
         with written_whole(directory / SWEEP) as temporary:
