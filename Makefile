@@ -20,7 +20,7 @@ study: $(READY) ## Does averaging help? 3 seeds of a regression, then a short di
 	$(BIN)/polyak study digits --short --seeds 3 --jobs 2 --out study-digits --force
 
 test: $(READY) ## All tests, doctests included
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --max-worker-restart=0
 
 check: $(READY) ## What CI runs: format, lint, types, tests, docs
 	$(BIN)/ruff format --check .
@@ -44,7 +44,7 @@ $(ENCODER): $(READY)
 	@touch $@
 
 prove: $(ENCODER) ## Long proofs: kills while saving, hostile files, thousands of events, a real encoder souped
-	$(BIN)/python -m pytest -n 2 -m prove
+	$(BIN)/python -m pytest -n 2 --max-worker-restart=0 -m prove -o faulthandler_timeout=1800
 
 study-docs: $(READY) ## The committed study results of docs/: about a quarter of an hour on 2 cores
 	$(BIN)/polyak study regression --seeds 10 --jobs 2 --out docs/studies/regression --force

@@ -191,8 +191,12 @@ def test_ctrl_c_ends_the_workers_too(tmp_path: Path) -> None:
         assert running.stderr is not None
         assert running.stderr.readline().startswith("seed ")
         os.killpg(running.pid, signal.SIGINT)
-        said = running.stderr.read()  # ends when the last process of the group has ended
-        assert running.wait() == 130
+        try:
+            _, said = running.communicate(timeout=120)  # ends with the last process of the group
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            raise
+        assert running.returncode == 130
     assert said.splitlines()[-1] == "polyak: stopped; nothing was written."
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []

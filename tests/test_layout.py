@@ -14,6 +14,7 @@ PACKAGE = Path(polyak.__file__).parent
 # DESIGN section 2, from the ground up; a file may import what stands before it, nothing after.
 FLOORS = [
     "_errors",
+    "_interrupts",
     "_version",
     "_steps",
     "_schedules",

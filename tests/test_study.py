@@ -3,9 +3,14 @@
 import json
 import math
 import multiprocessing
+import os
 import re
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -1009,6 +1014,42 @@ def test_an_error_in_a_worker_says_which_seed_and_why() -> None:
     with pytest.raises(RunError, match="with seed 0 at"):
         run_study(task, seeds=1)
     assert issubclass(RunError, AveragingError)
+
+
+def test_ctrl_c_that_finds_the_pool_s_locks_taken_still_ends_the_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes while `wait` holds the lock of each future, which the pool's own thread needs."""
+    take_locks = futures._base._AcquireFutures.__enter__
+
+    def interrupted(self: Any) -> None:
+        take_locks(self)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(futures._base._AcquireFutures, "__enter__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(SMALL, seeds=4, jobs=2)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_with_a_parent_that_was_killed() -> None:
+    """Also one that waits for its next seed, from a parent that had no time to say a word."""
+    code = (
+        "import os, signal\n"
+        "from polyak.study._run import _pool\n"
+        "with _pool(1) as (pool, moments):\n"
+        "    assert pool.submit(abs, -1).result() == 1\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as killed:
+        try:
+            _, said = killed.communicate(timeout=60)  # ends with the last process that can write
+        except subprocess.TimeoutExpired:
+            os.killpg(killed.pid, signal.SIGKILL)
+            raise
+    assert killed.returncode == -signal.SIGKILL, said
 
 
 def test_a_task_of_lambdas_needs_one_process() -> None:

@@ -6,6 +6,7 @@ from threading import Event, Lock
 from typing import NamedTuple, TypeAlias
 
 from ._files import TensorInfo
+from ._interrupts import interrupts_held
 
 # Called with the elements done and the elements in all.
 Progress: TypeAlias = Callable[[int, int], None]
@@ -70,11 +71,15 @@ def on_threads(
             with lock:
                 done += job.stop - job.start
 
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="polyak") as pool:
+    with (
+        interrupts_held() as let_interrupt_through,
+        ThreadPoolExecutor(THREADS, thread_name_prefix="polyak") as pool,
+    ):
         try:
             waiting = {pool.submit(worker) for _ in range(THREADS)}
             while waiting:
                 ended, waiting = wait(waiting, timeout=_TELL_EVERY, return_when=FIRST_EXCEPTION)
+                let_interrupt_through()
                 _raise_first(ended)
                 if progress is not None:
                     progress(done, total)

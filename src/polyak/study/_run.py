@@ -7,9 +7,10 @@ import pickle
 import platform
 import queue
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from polyak._errors import ArgumentError, AveragingError
+from polyak._interrupts import interrupts_held
 
 from ._findings import Findings, assemble
 from ._results import joined_scores
@@ -162,15 +164,20 @@ def _begin_worker(moments: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and sets `stop`
     torch.set_num_threads(1)
     moments.cancel_join_thread()  # a last word unread must not hold the worker back
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker.update(moments=moments, stop=stop)
 
 
-def _work(pickled: bytes, seed: int, control: bool) -> list[Run]:
+def _end_with_parent() -> None:
+    """Nobody else would end this process where its parent was killed without a word."""
     parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
+
+def _work(pickled: bytes, seed: int, control: bool) -> list[Run]:
     def tell(moment: Moment) -> None:
-        if parent is not None and not parent.is_alive():
-            os._exit(1)  # killed without a word: nobody would ever end this process
         if _worker["stop"].is_set():
             raise _Cancelled
         _worker["moments"].put(moment)
@@ -188,6 +195,27 @@ def _in_processes(
             f"task must be made of functions that can be imported when jobs is above 1, got "
             f"{error}. Define them with def at the top of a module, or pass jobs=1."
         ) from error
+    try:
+        with interrupts_held() as let_interrupt_through, _pool(jobs) as (pool, moments):
+            with _deaf_to_interrupts():
+                futures = [pool.submit(_work, pickled, seed, control) for seed in seeds]
+            for ended in _ended(futures):
+                let_interrupt_through()
+                _drain(moments, tell)
+                for future in ended:
+                    future.result()  # the first error at once
+            return [run for future in futures for run in future.result()]
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a worker process must live until its seed is done, got one that died without a word. "
+            "Memory may have run out: pass a smaller --jobs. A script that calls run_study needs "
+            'its `if __name__ == "__main__":`.'
+        ) from error
+
+
+@contextlib.contextmanager
+def _pool(jobs: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
+    """Worker processes, and the queue of what they report; at the end they are asked to stop."""
     # Spawned, not forked: torch's thread pools do not survive a fork.
     context: SpawnContext = multiprocessing.get_context("spawn")
     moments, stop = context.Queue(), context.Event()
@@ -195,16 +223,7 @@ def _in_processes(
         max_workers=jobs, mp_context=context, initializer=_begin_worker, initargs=(moments, stop)
     )
     try:
-        with _deaf_to_interrupts():
-            futures = [pool.submit(_work, pickled, seed, control) for seed in seeds]
-        _follow(futures, lambda: _drain(moments, tell))
-        return [run for future in futures for run in future.result()]
-    except BrokenProcessPool as error:
-        raise RunError(
-            "a worker process must live until its seed is done, got one that died without a word. "
-            "Memory may have run out: pass a smaller --jobs. A script that calls run_study needs "
-            'its `if __name__ == "__main__":`.'
-        ) from error
+        yield pool, moments
     finally:
         stop.set()  # each worker leaves at its next evaluation
         pool.shutdown(wait=True, cancel_futures=True)
@@ -212,14 +231,12 @@ def _in_processes(
         moments.cancel_join_thread()
 
 
-def _follow(futures: Sequence[Future[list[Run]]], drain: Callable[[], None]) -> None:
-    """Wait for all, reporting progress; raise the first error at once."""
+def _ended(futures: Sequence[Future[list[Run]]]) -> Iterator[set[Future[list[Run]]]]:
+    """Wait for all, and give each time it looks those that have ended since."""
     waiting = set(futures)
     while waiting:
-        done, waiting = wait(waiting, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
-        drain()
-        for future in done:
-            future.result()
+        ended, waiting = wait(waiting, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+        yield ended
 
 
 def _drain(moments: Any, tell: Tell) -> None:
