@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ._average import Uses, check_is_average
-from ._engine import check_fits, kind
+from ._checks import kind
+from ._engine import check_fits
 from ._errors import ArgumentError, MatchError
 from ._sharding import piece_for, plain
 

@@ -1,27 +1,39 @@
 """The one thing with state: live tensors, the averages of them, a clock, and schedules."""
 
 import copy
-import inspect
 import math
-import numbers
-import reprlib
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import is_, sub
-from types import FrameType
+from operator import sub
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from . import _kernels as kernels
-from ._errors import ArgumentError, AveragingWarning, MatchError, OrderError, show_time
+from ._checks import (
+    check_decay,
+    check_device,
+    check_dtype,
+    check_schedule,
+    check_time,
+    kind,
+    unit_roundoff,
+)
+from ._errors import (
+    ArgumentError,
+    AveragingWarning,
+    MatchError,
+    OrderError,
+    frames_to_the_user,
+    show_time,
+)
 from ._history import History
 from ._identities import constant_decay
 from ._places import Places
+from ._plans import Group, Plans, count_holders, memory_of, shares_memory
 from ._roles import Entry, Inventory, check_some_averaged
 from ._schedules import Schedule
 from ._sharding import (
@@ -41,8 +53,6 @@ if TYPE_CHECKING:  # a build of torch may be without it
 
 NonFinite = Literal["skip", "raise", "ignore"]
 Rounding = Literal["nearest", "stochastic"]
-
-_LATEST = 10**300  # whole numbers know no end, the floats that schedules compute with do
 
 # Memory that some average has lent its weights to at this moment: nobody may average it, or lend
 # it a second time, until it is given back. Process-wide, since averages of one model are many.
@@ -160,77 +170,6 @@ class Doubt:
         return self.skip.read() != 0.0
 
 
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Slots that one kernel mixes, and where their live tensors lay when its views were cut."""
-
-    slots: list[int]
-    plan: kernels.MixPlan
-    entries: list[Entry]
-    live: list[Tensor]
-    places: Places
-    is_sharded: bool
-    suspects: set[int]  # indices here; the plan takes out what heals
-
-    def is_where_it_was(self) -> bool:
-        """Whether the live tensors are the same, in the same memory, shape and order.
-
-        Asked at every update, for a thousand tensors too: so by maps, without a loop in Python.
-        """
-        shown = [entry.owner.get(entry.key) for entry in self.entries]
-        live = self.live
-        if not all(map(is_, shown, live)):  # another buffer, or FSDP2 shows whole parameters
-            live = [local(entry.live()) for entry in self.entries]
-        elif self.is_sharded:
-            live = [local(tensor) for tensor in live]
-        return self.places.still_hold(live)
-
-    def moved_slots(self) -> set[int]:
-        """The slots whose live tensors are at another address now."""
-        live = [local(entry.live()) for entry in self.entries]
-        return {self.slots[index] for index in self.places.left_by(live)}
-
-    def healed_slots(self) -> set[int]:
-        """The slots whose averages are not suspected of NaN or inf, or not any more."""
-        return set(self.slots) - {self.slots[index] for index in self.suspects}
-
-
-class _Plans:
-    """What the kernels work on, cut for all slots.
-
-    Args:
-        groups: of all slots.
-        averages: which these work on, one for each memory that they lie in.
-        holders: [averages][slots], how many views of each average's memory the plans hold.
-    """
-
-    def __init__(
-        self, groups: list[_Group], averages: list[Tensor], holders: list[list[int]]
-    ) -> None:
-        self.groups, self._averages = groups, averages
-        self._holders, self._when_counted = holders, self._cuts()
-
-    def _cuts(self) -> list[tuple[int, int]]:
-        return [(id(group), group.plan.cuts) for group in self.groups]
-
-    def holders(self, row: int) -> list[int] | None:
-        """How many views the plans hold, [slots]; None where some were cut since the count."""
-        return self._holders[row] if self._cuts() == self._when_counted else None
-
-    def memory(self) -> frozenset[int]:
-        """Addresses of the memory that the averages lie in, now: whoever has a view may move it."""
-        return memory_of(self._averages)
-
-    def moved(self) -> list[_Group]:
-        """The groups of which some live tensor is elsewhere now."""
-        return [group for group in self.groups if not group.is_where_it_was()]
-
-    def exchange(self, old: Sequence[_Group], new: Sequence[_Group]) -> None:
-        """Work on `new` instead of `old`."""
-        self.groups = [*(group for group in self.groups if group not in old), *new]
-        self._when_counted = []
-
-
 class Engine:
     """Live tensors in slots, K averages of them, one clock, and K schedules.
 
@@ -301,7 +240,7 @@ class Engine:
         self._mesh = None if shard is None else mesh_of(shard, self.entries[0].live().device)
         self.rows = [Row(s, [], [], Memory(), {}) for s in schedules]
         self._suspects: set[int] = set()  # slots whose averages hold NaN or inf
-        self._cached: _Plans | None = None
+        self._cached: Plans | None = None
         self._start_clock(check_time(now))
         live = [entry.live() for entry in self.entries]
         for row in self.rows:
@@ -660,7 +599,7 @@ class Engine:
             self._note_healed(self._cached.groups)
         self._cached = None
 
-    def _note_healed(self, groups: Sequence[_Group]) -> None:
+    def _note_healed(self, groups: Sequence[Group]) -> None:
         """What these plans have found to be healed is no suspect for the next ones."""
         for group in groups if self._suspects else ():
             self._suspects -= group.healed_slots()
@@ -754,7 +693,7 @@ class Engine:
             self._note_healed(moved)
             self._cached.exchange(moved, self._groups(self.rows, slots))
 
-    def _are_restless(self, moved: Sequence[_Group]) -> bool:
+    def _are_restless(self, moved: Sequence[Group]) -> bool:
         """Whether some live tensors turn out to move at every update, as replaced buffers do.
 
         From then on they are a group by themselves, and the views of all others stay. A model that
@@ -814,7 +753,7 @@ class Engine:
         for slot in new:
             row.holders[slot] = count_holders(row.tensors[slot])
 
-    def _plans(self, rows: Sequence[Row]) -> list[_Group]:
+    def _plans(self, rows: Sequence[Row]) -> list[Group]:
         """What the kernels work on, for all slots."""
         if rows is not self.rows:
             return self._groups(rows, range(len(self.entries)))
@@ -828,10 +767,10 @@ class Engine:
                 for row in rows
                 for tensor in row.tensors
             }
-            self._cached = _Plans(groups, list(averages.values()), holders)
+            self._cached = Plans(groups, list(averages.values()), holders)
         return self._cached.groups
 
-    def _groups(self, rows: Sequence[Row], slots: Iterable[int]) -> list[_Group]:
+    def _groups(self, rows: Sequence[Row], slots: Iterable[int]) -> list[Group]:
         """Slots by device and storage dtype, with the views that the kernels work on."""
         kinds: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
         for slot in slots:
@@ -840,7 +779,7 @@ class Engine:
             kinds.setdefault(kind, []).append(slot)
         return [self._group(rows, slots) for slots in kinds.values()]
 
-    def _group(self, rows: Sequence[Row], slots: list[int]) -> _Group:
+    def _group(self, rows: Sequence[Row], slots: list[int]) -> Group:
         entries = [self.entries[slot] for slot in slots]
         live = [entry.live() for entry in entries]
         suspects = {i for i, slot in enumerate(slots) if slot in self._suspects}
@@ -852,7 +791,7 @@ class Engine:
             self.nonfinite != "ignore",
         )
         places = Places([plain(tensor) for tensor in live])
-        return _Group(slots, plan, entries, live, places, any(map(is_sharded, live)), suspects)
+        return Group(slots, plan, entries, live, places, any(map(is_sharded, live)), suspects)
 
     def _rounding_keys(self, slots: Sequence[int]) -> list[int]:
         update = self.updates + 1
@@ -903,13 +842,7 @@ class Engine:
                     self.warn_once(f"stall {index}", f"{row.stalled}.")
 
 
-# ── checks and small facts ───────────────────────────────────────────────────────────────────────
-
-
-def memory_of(tensors: Iterable[Tensor]) -> frozenset[int]:
-    """Addresses of the memory that tensors lie in."""
-    pieces = (local(tensor) for tensor in tensors)
-    return frozenset(t.untyped_storage().data_ptr() for t in pieces if t.numel())
+# ── checks of averages ───────────────────────────────────────────────────────────────────────
 
 
 def check_memory_not_lent(tensors: Iterable[Tensor], action: str) -> None:
@@ -919,83 +852,6 @@ def check_memory_not_lent(tensors: Iterable[Tensor], action: str) -> None:
             f"{action} must come outside applied() over the same weights, got it inside: the live "
             "model holds averaged weights there. Leave the block first."
         )
-
-
-def frames_to_the_user() -> int:
-    """The stack level, for `warnings.warn` in our caller, of the first frame that is not ours."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and _is_ours(frame):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _is_ours(frame: FrameType) -> bool:
-    module = str(frame.f_globals.get("__name__", ""))
-    return module.startswith("polyak.") or module == "contextlib"
-
-
-def check_time(now: object, name: str = "now") -> float:
-    """`now` as a plain finite number, whole ones kept whole."""
-    if type(now) is int and -_LATEST <= now <= _LATEST:
-        return now
-    try:
-        is_number = isinstance(now, numbers.Real) and not isinstance(now, bool)
-        value = float(now) if is_number else math.nan  # type: ignore[arg-type]
-    except OverflowError:
-        value = math.inf
-    if not abs(value) <= _LATEST:
-        limit = " Times go up to 1e300." if abs(value) > _LATEST else ""
-        raise ArgumentError(f"{name} must be a finite number, got {reprlib.repr(now)}.{limit}")
-    return int(now) if isinstance(now, numbers.Integral) else value
-
-
-def is_count(value: object) -> bool:
-    """Whether `value` is a whole number of things, at least one; True is not a number."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def check_schedule(schedule: object) -> None:
-    """Refuse what cannot be called as `schedule(now=…, elapsed=…)`."""
-    if isinstance(schedule, type) or not callable(schedule):
-        raise ArgumentError(
-            "schedule must be a schedule such as polyak.Exponential(half_life=1_000), or a "
-            f"function of the keywords now and elapsed, got {schedule!r}."
-        )
-    try:
-        inspect.signature(schedule).bind(now=1, elapsed=1)
-    except TypeError as error:
-        raise ArgumentError(
-            f"schedule must take the keywords now and elapsed, got {schedule!r} ({error}). "
-            "Write it as: lambda *, now, elapsed: 0.999**elapsed"
-        ) from None
-    except ValueError:
-        pass  # a builtin that does not say what it takes
-
-
-def check_dtype(dtype: object) -> None:
-    """Refuse what is not a real floating point dtype."""
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ArgumentError(f"dtype must be a floating point torch.dtype, got {dtype!r}.")
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """The device of that name."""
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ArgumentError(
-            f"device must be a torch device such as 'cpu' or 'cuda', got {device!r}."
-        ) from None
-
-
-def check_decay(decay: object, schedule: Schedule) -> float:
-    """The share of the old average that survives, in [0, 1]."""
-    if type(decay) is float and 0.0 <= decay <= 1.0:
-        return decay
-    value = float(decay) if isinstance(decay, numbers.Real) else math.nan
-    if not 0.0 <= value <= 1.0:
-        raise ArgumentError(f"decay must be in [0, 1], got {decay!r} from {schedule!r}.")
-    return value
 
 
 def check_fits(source: Tensor, dtype: torch.dtype, name: str) -> None:
@@ -1020,38 +876,6 @@ def check_undamaged(row: Row) -> None:
         )
 
 
-def unit_roundoff(dtype: torch.dtype) -> float:
-    """Half the distance from 1 to the next number: 2**-8 for bfloat16, 2**-24 for float32."""
-    return float(torch.finfo(dtype).eps) / 2.0
-
-
-def kind(tensor: Tensor) -> str:
-    """What its values are: casts within a kind keep their meaning."""
-    if tensor.is_complex():
-        return "complex"
-    if tensor.is_floating_point():
-        return "floating point"
-    return "boolean" if tensor.dtype == torch.bool else "integer"
-
-
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written in place; -1 for inference tensors, which do not count."""
     return -1 if tensor.is_inference() else tensor._version
-
-
-def shares_memory(average: Tensor) -> bool:
-    """Whether it lies in a row with others."""
-    return not is_sharded(average) and average.untyped_storage().nbytes() > average.nbytes
-
-
-def count_holders(tensor: Tensor) -> int:
-    """How many tensors, arrays and storages refer to this tensor's memory.
-
-    More than at allocation means that somebody was handed a view and may still look at it. Without
-    the count (it is not documented) we answer -1, and everyone is taken to be looking.
-    """
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    storage = local(
-        tensor
-    ).untyped_storage()  # one object for all who ask, so its holders count too
-    return -1 if count is None else int(count(storage._cdata)) + sys.getrefcount(storage)

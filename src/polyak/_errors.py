@@ -10,6 +10,9 @@ AveragingError
 AveragingWarning    said once, where silence would cost a run   (a UserWarning)
 """
 
+import sys
+from types import FrameType
+
 
 class AveragingError(Exception):
     """Base of every error that polyak raises on purpose."""
@@ -34,3 +37,16 @@ class AveragingWarning(UserWarning):
 def show_time(now: float) -> str:
     """A time as people write it: 1200, not 1200.0."""
     return str(int(now)) if float(now).is_integer() else repr(float(now))
+
+
+def frames_to_the_user() -> int:
+    """The stack level, for `warnings.warn` in our caller, of the first frame that is not ours."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _is_ours(frame):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_ours(frame: FrameType) -> bool:
+    module = str(frame.f_globals.get("__name__", ""))
+    return module.startswith("polyak.") or module == "contextlib"

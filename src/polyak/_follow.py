@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._engine import Engine, is_count
+from ._checks import is_count
+from ._engine import Engine
 from ._errors import ArgumentError, OrderError
 
 Clock = Callable[[], float]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._engine import Engine, check_dtype, check_fits, check_undamaged
+from ._checks import check_dtype
+from ._engine import Engine, check_fits, check_undamaged
 from ._errors import ArgumentError, OrderError
 from ._pairing import Names, pair
 from ._roles import Entry, Inventory, bare, may_hold_anything, take_inventory, walk

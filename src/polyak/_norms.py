@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._engine import is_count
+from ._checks import is_count
 from ._errors import ArgumentError
 from ._roles import walk
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ._engine import kind
+from ._checks import kind
 from ._errors import ArgumentError, MatchError
 from ._roles import Entry, Inventory
 

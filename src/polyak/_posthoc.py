@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from ._checks import check_dtype, check_time
 from ._combine import Combination
-from ._engine import check_dtype, check_time
 from ._errors import ArgumentError, MatchError
 from ._files import (
     ALONE,

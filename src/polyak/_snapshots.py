@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import _kernels as kernels
 from ._average import Average, Averages
-from ._engine import Engine, check_dtype, is_count
+from ._checks import check_dtype, is_count
+from ._engine import Engine
 from ._errors import ArgumentError, MatchError, OrderError, show_time
 from ._files import ALONE, Team, team_among, write_tensors
 from ._fit import plan

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ._combine import Combination, NonFinite
-from ._engine import frames_to_the_user
-from ._errors import ArgumentError, AveragingWarning
+from ._errors import ArgumentError, AveragingWarning, frames_to_the_user
 from ._inputs import Inputs, Named, PathLikes, known_steps, open_inputs
 from ._merge import Counted, Merge, check_target, prepare, write
 

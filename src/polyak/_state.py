@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ._engine import Engine, Memory, frames_to_the_user
-from ._errors import ArgumentError, AveragingWarning, MatchError
+from ._engine import Engine, Memory
+from ._errors import ArgumentError, AveragingWarning, MatchError, frames_to_the_user
 from ._history import History
 from ._identities import schedule_from_state, schedule_state
 from ._kernels import write_

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _kernels as kernels
-from ._engine import (
-    Engine,
-    check_fits,
-    check_memory_not_lent,
-    frames_to_the_user,
-    kind,
-)
-from ._errors import ArgumentError, AveragingWarning, MatchError
+from ._checks import kind
+from ._engine import Engine, check_fits, check_memory_not_lent
+from ._errors import ArgumentError, AveragingWarning, MatchError, frames_to_the_user
 from ._pairing import Coverage, Names, pair
 from ._roles import Entry, take_inventory
 from ._sharding import agreed, is_spread_like, local, piece_for, plain, reshard, spread_like, whole

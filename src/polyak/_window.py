@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from . import _kernels as kernels
 from ._average import Source, Uses
-from ._engine import Engine, Memory, NonFinite, Row, is_count
+from ._checks import is_count
+from ._engine import Engine, Memory, NonFinite, Row
 from ._errors import ArgumentError, MatchError
 from ._follow import Clock, Follower
 from ._roles import RoleOverride, Selector, take_inventory

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .._average import Average
-from .._engine import check_undamaged, kind
+from .._checks import kind
+from .._engine import check_undamaged
 from .._errors import ArgumentError, MatchError, OrderError
 from .._history import History
 from .._identities import schedule_state

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .._average import Average
-from .._engine import frames_to_the_user, is_count
-from .._errors import ArgumentError, AveragingWarning, OrderError, show_time
+from .._checks import is_count
+from .._errors import ArgumentError, AveragingWarning, OrderError, frames_to_the_user, show_time
 from .._history import History
 from .._roles import bare
 from ._roles import frozen_too

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn as get_swa_multi_avg_fn
 from torch.optim.swa_utils import update_bn as _update_bn
 
 from .._average import Average
-from .._engine import check_device
+from .._checks import check_device
 from .._errors import ArgumentError, OrderError
 from .._roles import Role, bare
 from .._schedules import After, Exponential, Schedule, Uniform
