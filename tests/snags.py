@@ -1,5 +1,10 @@
 """Trouble on purpose, and a count of what torch does."""
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -27,3 +32,31 @@ class Snags(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self.bytes += tensor.untyped_storage().nbytes()
         return result
+
+
+def press() -> None:
+    """Press Ctrl-C."""
+    signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def pressed_at_line(*lines: int, of: tuple[str, ...]) -> Iterator[list[str]]:
+    """Press Ctrl-C before the n-th line that this thread runs in modules that begin so."""
+    passed: list[str] = []
+
+    def in_lines(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            passed.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
+            if len(passed) in lines:
+                press()
+        return in_lines
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        return in_lines if frame.f_globals.get("__name__", "").startswith(of) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield passed
+    finally:
+        sys.settrace(before)

@@ -7,7 +7,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -612,6 +612,35 @@ def test_large_pieces_take_two_copies_each_way_and_small_ones_three(
         assert breaker.calls == 2 * 2 + 3 + 4, "and four tensors too short for sums are cloned"
 
 
+def test_a_block_that_nobody_enters_is_warned_of() -> None:
+    """It lends nothing: without the word `with` the trained weights would be evaluated."""
+    _, average = prepared()
+    with pytest.warns(polyak.AveragingWarning, match=r"Write: with average\.applied\(\)") as caught:
+        average.applied()
+    assert caught[0].filename == __file__
+
+    @average.applied()
+    def evaluate() -> None:
+        assert average._engine.loan is not None
+
+    evaluate()
+    evaluate()
+    with ExitStack() as stack:
+        stack.enter_context(average.applied())
+    assert average._engine.loan is None
+
+
+def test_one_element_of_complex_numbers_with_gaps_is_lent() -> None:
+    """torch calls it contiguous, whatever its stride."""
+    live = {"w": torch.zeros(3, dtype=torch.complex128)[1::2]}
+    average = polyak.Average(live, polyak.Exponential(decay=0.5, debias=False))
+    live["w"].fill_(2j)
+    average.update()
+    with average.applied():
+        assert live["w"].item() == 1j
+    assert live["w"].item() == 2j
+
+
 @contextmanager
 def interrupted_at(call: int) -> Iterator[list[str]]:
     """Raise KeyboardInterrupt at the n-th entry into a function of polyak, as a signal would."""
@@ -632,6 +661,7 @@ def interrupted_at(call: int) -> Iterator[list[str]]:
 
 
 @pytest.mark.usefixtures("tiny_scratch")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # never entered
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trained_weights_come_back_from_an_interrupt_at_any_call_of_ours(
     dtype: torch.dtype,

@@ -174,7 +174,7 @@ def test_ctrl_c_ends_with_one_line_and_no_folder(
 
     monkeypatch.setattr(study, "run_study", interrupted)
     assert main(["study", "--out", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err == "polyak: stopped; nothing was written.\n"
+    assert capsys.readouterr().err.strip() == "polyak: stopped; no file is left half written."
     assert not (tmp_path / "out").exists()
 
 
@@ -197,7 +197,7 @@ def test_ctrl_c_ends_the_workers_too(tmp_path: Path) -> None:
             os.killpg(running.pid, signal.SIGKILL)
             raise
         assert running.returncode == 130
-    assert said.splitlines()[-1] == "polyak: stopped; nothing was written."
+    assert said.splitlines()[-1] == "polyak: stopped; no file is left half written."
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,7 @@
 """polyak merge, soup, inspect and diff: exit codes, one-line refusals, and what they print."""
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import polyak
+from polyak import _slices
+from polyak._diff import diff
 from polyak.cli import _progress, main
 from polyak.cli._words import run_score
 
@@ -181,6 +184,7 @@ def test_files_that_are_not_there_or_no_checkpoints_are_one_line(
         ["--schedule", "__import__('os').getcwd()"],
         ["--schedule", "Power(sigma_rel=open('x'))"],
         ["--schedule", "Power(half_life=3)"],
+        ["--schedule", "After(3, Power(sigma=1))"],
         ["--window", "long"],
         ["--nosuch"],
     ],
@@ -193,6 +197,14 @@ def test_wrong_usage_is_exit_code_2(
     assert main(["merge", *files, "-o", str(tmp_path / "out.safetensors"), *options]) == 2
     assert "Usage:" in capsys.readouterr().err
     assert main(["merge", *files]) == 2
+
+
+def test_a_wrong_setting_of_a_schedule_is_told_from_a_wrong_schedule(
+    files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the settings that it has."""
+    assert main(["merge", *files, "-o", "x", "--schedule", "Power(sigma=0.1)"]) == 2
+    assert "Power takes sigma_rel, gamma" in capsys.readouterr().err
 
 
 def test_progress_tells_what_takes_longer_than_a_second(
@@ -331,6 +343,29 @@ def test_inspect_shows_forty_tensors_unless_asked(
     assert "and 10 more: --all shows every one" in said
     assert main(["inspect", path, "--all"]) == 0
     assert capsys.readouterr().out.count("layer.") == 50
+
+
+def test_diff_of_masks_and_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared infinity is no length, and one NaN anywhere leaves the largest unknown."""
+    monkeypatch.setattr(_slices, "SLICE", 2)
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    mask, nan = torch.full((2,), -torch.inf), torch.nan
+    w = torch.tensor([3.0, 4.0, 0.0, 0.0])
+    save_file({"mask": mask, "w": w, "nan": torch.tensor([nan, 2.0, 1.0, 0.0])}, first)
+    save_file({"mask": mask, "w": w + 3.0, "nan": torch.tensor([nan, 3.0, 1.0, 0.0])}, second)
+    found = diff(first, second)
+    assert found.relative == pytest.approx(math.sqrt(37 / 30))  # 4 * 9 + 1 over 25 + 5
+    assert {one.name: one.relative for one in found.distances} == {
+        "mask": 0.0,
+        "w": pytest.approx(math.sqrt(36 / 25)),
+        "nan": pytest.approx(math.sqrt(1 / 5)),
+    }
+    for place in (0, -1):
+        worse = w + 3.0
+        worse[place] = nan
+        save_file({"w": worse}, second)
+        [one] = [one for one in diff(first, second).distances if one.name == "w"]
+        assert math.isnan(one.largest)
 
 
 def test_diff_tells_names_shapes_and_distances(

@@ -1,5 +1,6 @@
 """Checkpoints of every format: the tensors that are in them, in bounded memory, nothing run."""
 
+import errno
 import gc
 import io
 import json
@@ -52,6 +53,7 @@ from polyak._files import (
     checkpoint_writer,
     open_checkpoint,
 )
+from snags import pressed_at_line
 
 Weights = dict[str, Tensor]
 
@@ -694,6 +696,21 @@ def write_half(path: Path, tensors: Weights, failure: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["out", "out.safetensors"])
+def test_a_full_disk_is_told_with_the_name_of_the_file(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system says no more than that there is no space."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / where}'"):
+        write_all(tmp_path / where, {"a": torch.ones(4)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["out", "out.safetensors"])
 @pytest.mark.parametrize("failure", ["missing", "raises"])
 def test_nothing_appears_unless_all_is_written(where: str, failure: str, tmp_path: Path) -> None:
     """A single element left out, or an error half-way: no file, no temporary one, the old stays."""
@@ -725,6 +742,28 @@ def test_overlapping_writes_do_not_hide_a_gap(tmp_path: Path) -> None:
                 write_stretches(path, count, writes)
         assert path.exists() == (len(covered) == count)
     assert 0 < len(os.listdir(tmp_path)) < 60
+
+
+def test_ctrl_c_at_any_line_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    """Never none, and nothing beside it that the next write does not take away."""
+    path = tmp_path / "out"
+    points = heard = 0
+    while True:
+        points += 1
+        write_all(path, {"a": torch.zeros(2)}, force=True)
+        for lock in tmp_path.glob(".out.*.held"):
+            lock.unlink()  # of this process: an empty file, which goes when it ends
+        assert os.listdir(tmp_path) == ["out"], "swept, whatever it was"
+        try:
+            with pressed_at_line(points, of=("polyak._files._atomic",)) as passed:
+                write_all(path, {"a": torch.ones(2)}, force=True)
+        except KeyboardInterrupt:
+            heard += 1
+            there = float(contents(path)["a"][0])
+            assert there in (0.0, 1.0), passed[-1]
+        else:
+            break
+    assert 60 < points == heard + 1
 
 
 def write_stretches(path: Path, count: int, stretches: list[tuple[int, int]]) -> None:

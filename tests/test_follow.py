@@ -47,6 +47,17 @@ def test_a_followed_average_is_updated_after_every_step() -> None:
         assert torch.equal(followed.tensors[name], tensor)
 
 
+def test_an_optimizer_of_a_copy_of_the_model_is_warned_of() -> None:
+    """A trainer that copies the model: the average would be of weights that nobody trains."""
+    model, _ = pair()
+    _, another = pair()
+    average = polyak.Average(model)
+    with pytest.warns(polyak.AveragingWarning, match="follow the one that does"):
+        average.follow(another).remove()
+    shared = torch.optim.SGD([*another.param_groups[0]["params"], model.bias], lr=0.1)
+    polyak.Average(model).follow(shared)  # some is enough: others may be left out of the average
+
+
 def test_a_step_that_is_skipped_does_not_count() -> None:
     """A scaler that meets an infinity never calls the optimizer: time stands still."""
     model, optimizer = pair()
@@ -362,7 +373,7 @@ def test_update_by_hand_takes_the_steps_since_the_last_update() -> None:
     for _ in range(4):
         step(model, optimizer)
     assert average.now == 10
-    with pytest.raises(polyak.OrderError, match="now must be above 10"):
+    with pytest.raises(polyak.OrderError, match=r"follow\(\) updates by itself"):
         average.update()
 
 
@@ -475,7 +486,8 @@ def test_a_follower_that_never_leads_to_an_update_is_said_once() -> None:
 
     other, foreign = pair()
     lost = polyak.Average(other)
-    lost.follow(optimizer)
+    with pytest.warns(polyak.AveragingWarning, match="trains none of the averaged parameters"):
+        lost.follow(optimizer)
     step(other, foreign)
     with pytest.warns(polyak.AveragingWarning, match="follow the one that trains this model"):
         lost.weights()

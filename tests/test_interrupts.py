@@ -3,22 +3,16 @@
 # ruff: noqa: PT012 - what must not be reached stands behind what must raise
 
 import signal
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import pytest
 
 from polyak._interrupts import interrupts_held
 from polyak._slices import Slice, on_threads
+from snags import press, pressed_at_line
 
-
-def press() -> None:
-    """Press Ctrl-C."""
-    signal.raise_signal(signal.SIGINT)
+POOLS = ("concurrent.futures", "threading")
 
 
 def test_it_is_held_until_it_is_let_through() -> None:
@@ -53,19 +47,26 @@ def test_an_error_on_the_way_is_the_cause_that_is_shown() -> None:
     assert isinstance(caught.value.__context__, ValueError)
 
 
-def test_the_second_one_means_now() -> None:
-    """Who presses twice does not wait."""
+def test_more_of_them_are_one() -> None:
+    """Who presses again, also on the way out, breaks into nothing and hears of it once."""
     done = []
-    with pytest.raises(KeyboardInterrupt), interrupts_held():
-        press()
-        done.append("held")
-        press()
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts_held(again=lambda: done.append("hurry")) as let_through:
+            press()
+            assert not done
+            press()
+            try:
+                let_through()
+            finally:
+                press()
+                done.append("ended in peace")
         done.append("never")
-    assert done == ["held"]
+    assert done == ["hurry", "hurry", "ended in peace"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_handler_of_the_user_s_own_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that does not raise: the work goes on, and the handler stays."""
+def test_a_handler_of_the_user_s_own_is_called_for_each() -> None:
+    """One that does not raise: the work goes on, guarded as before, and the handler stays."""
     calls = []
     before = signal.signal(signal.SIGINT, lambda *_: calls.append("called"))
     try:
@@ -74,9 +75,12 @@ def test_a_handler_of_the_user_s_own_is_called_once(monkeypatch: pytest.MonkeyPa
             assert not calls
             let_through()
             let_through()
-        assert calls == ["called"]
-        press()
+            assert calls == ["called"]
+            press()
+            assert calls == ["called"]
         assert calls == ["called"] * 2
+        press()
+        assert calls == ["called"] * 3
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -108,31 +112,8 @@ def test_other_threads_may_use_it() -> None:
     assert found == [signal.default_int_handler]
 
 
-@contextmanager
-def pressed_at_line(line: int) -> Iterator[list[str]]:
-    """Press Ctrl-C before the n-th line that is run here in the pools and locks of Python."""
-    passed: list[str] = []
-
-    def in_lines(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line":
-            passed.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
-            if len(passed) == line:
-                press()
-        return in_lines
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        module = frame.f_globals.get("__name__", "")
-        return in_lines if module.startswith(("concurrent.futures", "threading")) else None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield passed
-    finally:
-        sys.settrace(before)
-
-
-def test_work_on_threads_ends_whichever_line_of_the_pool_ctrl_c_comes_at() -> None:
+@pytest.mark.parametrize("again", [0, 1, 7, 40], ids="and {} lines later".format)
+def test_work_on_threads_ends_whichever_line_of_the_pool_ctrl_c_comes_at(again: int) -> None:
     """From the first thread's start to the last one's end; on code without it some line hangs."""
     jobs = [Slice("w", start, start + 1) for start in range(3)]
     others = threading.active_count()
@@ -141,7 +122,7 @@ def test_work_on_threads_ends_whichever_line_of_the_pool_ctrl_c_comes_at() -> No
         points += 1
         passed = [""]
         try:
-            with pressed_at_line(points) as passed:
+            with pressed_at_line(points, points + again, of=POOLS) as passed:
                 on_threads(jobs, lambda job: None, total=3)
         except KeyboardInterrupt:
             assert threading.active_count() == others, passed[-1]

@@ -499,7 +499,7 @@ def test_what_is_no_schedule_is_refused(target: Any, folder: Path) -> None:
 
 
 def spoil_foreign(folder: Path) -> None:
-    save_file({"w": torch.zeros(6)}, folder / "extra.safetensors")
+    save_file({"w": torch.zeros(6)}, folder / "extra-000000000100.safetensors")
 
 
 def spoil_truncated(folder: Path) -> None:
@@ -604,6 +604,35 @@ def test_a_folder_with_a_wrong_file_is_refused_by_its_name(
     assert "\n" not in str(error.value)
     assert not out.exists()
     assert listing(folder) == before
+
+
+def test_other_weights_in_the_folder_of_a_run_are_passed_over(folder: Path) -> None:
+    """A result that was written beside its snapshots spoils neither another one nor the run."""
+    wanted = polyak.reconstruct(folder, power(0.15), out=folder / "averaged.safetensors")
+    save_file({"w": torch.zeros(6)}, folder / "step-9000.safetensors")
+    (folder / "empty.safetensors").touch()
+    (folder / "checkpoint.dcp").mkdir()
+    np.testing.assert_array_equal(rebuilt(polyak.reconstruct(folder, power(0.15))), rebuilt(wanted))
+    only = folder / "others"
+    only.mkdir()
+    (folder / "averaged.safetensors").rename(only / "averaged.safetensors")
+    with pytest.raises(polyak.ArgumentError, match=r"must hold snapshots.*for polyak\.merge"):
+        polyak.reconstruct(only, power(0.15))
+    live = {"w": torch.zeros(6)}
+    assert polyak.Snapshots(polyak.Average(live), only, every=1).moments == []
+
+
+def test_what_a_reconstruction_remembers_goes_up_to_its_moment(tmp_path: Path) -> None:
+    """Also where the stored average stood still, and an older file with the same bits is used."""
+    law = polyak.Cosine(0.9, total=40)
+    averages = polyak.Averages({"w": torch.zeros(1)}, {"still": law})
+    with polyak.Snapshots(averages, tmp_path, every=10, dtype=torch.float32):
+        for _ in range(100):
+            averages.update()
+    found = polyak.reconstruct(tmp_path, law)
+    assert found.fit.at == found.profile.end == 100
+    told = averages["still"].report().mean_age
+    assert found.profile.mean_age == pytest.approx(told) == pytest.approx(85.558, abs=1e-3)
 
 
 def test_a_file_of_another_moment_by_name_is_what_its_header_says(folder: Path) -> None:

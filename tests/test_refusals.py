@@ -844,6 +844,66 @@ def test_an_interrupted_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     assert average.update() == 0.5
 
 
+def test_an_interrupted_reset_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part of it is what the live weights were, part what the average was."""
+    live = {name: torch.ones(3) for name in "abc"}
+    average = polyak.Average(live, polyak.Exponential(decay=0.5))
+    average.update()
+    calls = 0
+    copy_ = Tensor.copy_
+
+    def interrupted(self: Tensor, *args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return copy_(self, *args)
+
+    monkeypatch.setattr(Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        average.reset()
+    monkeypatch.undo()
+    for use in (average.update, average.weights, average.state_dict):
+        with pytest.raises(polyak.OrderError, match="reset was interrupted half-way"):
+            use()
+    average.reset()
+    average.update()
+
+
+def test_what_is_easily_mixed_up_is_told(tmp_path: Path) -> None:
+    """One sentence without numbers from tensors, and what to write instead."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mistakes: list[tuple[Callable[[], object], str]] = [
+        (lambda: polyak.Average(model.parameters()), "got a bare Parameter in generator"),  # type: ignore[arg-type]
+        (lambda: polyak.Average(optimizer), "got a bare SGD. Pass the model"),  # type: ignore[arg-type]
+        (lambda: polyak.load_weights(model, "x"), r"got Linear. Call load_weights\(path, model\)"),  # type: ignore[arg-type]
+        (
+            lambda: polyak.refresh_norms(nn.BatchNorm1d(2), torch.ones(3, 2)),
+            r"got one Tensor. Pass a loader, or \[tensor\]",
+        ),
+        (
+            lambda: polyak.save(polyak.Average(model), tmp_path / "x.pt"),
+            "another format .* Pass x.safetensors",
+        ),
+    ]
+    for call, says in mistakes:
+        with pytest.raises(polyak.ArgumentError, match=says) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_half_life_beyond_the_decays_that_floats_can_tell_from_1() -> None:
+    """On a clock of nanoseconds: 2**(-elapsed / half_life) all the same."""
+    live = {"w": torch.zeros(1)}
+    average = polyak.Average(live, polyak.Exponential(half_life=1e17, debias=False))
+    live["w"].fill_(1.0)
+    assert average.update(now=10**17) == 0.5
+    assert average.weights()["w"].item() == 0.5
+    average.report()
+
+
 def test_a_layer_added_after_building_is_refused_at_the_next_update() -> None:
     """Not at the end of the run, when the weights are asked for."""
     model = nn.Sequential(nn.Linear(2, 2))

@@ -143,6 +143,9 @@ def test_a_parameter_that_is_unfrozen_later_is_reported() -> None:
     assert "head.weight was frozen" in note
     assert "build a new average" in note
     assert note in str(average.report())
+    with pytest.warns(polyak.AveragingWarning, match=r"weights: head\.weight was frozen"):
+        average.weights()
+    average.weights()  # once is enough
 
 
 @pytest.mark.parametrize("use", ["applied", "weights", "copy_to", "save"])

@@ -327,6 +327,26 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, *, after: int) -> Iterator[None]:
     monkeypatch.undo()
 
 
+def test_a_last_snapshot_that_is_lost_is_told_at_the_end_of_the_process(tmp_path: Path) -> None:
+    """Nobody called close, so no call could raise it; the exit code is the script's."""
+    code = (
+        "import sys, torch, polyak\n"
+        "averages = polyak.Averages({'w': torch.zeros(3)}, {'a': polyak.Uniform()})\n"
+        "snapshots = polyak.Snapshots(averages, sys.argv[1], every=1)\n"
+        "def full(*_): raise OSError(28, 'No space left on device')\n"
+        "polyak._snapshots.write_tensors = full\n"
+        "averages.update()\n"
+        "print('trained')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.returncode) == ("trained\n", 0)
+    assert "AveragingWarning: Snapshots: the last one could not be written" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("call", ["update", "take", "flush", "moments", "close"])
 def test_an_error_of_the_writer_is_raised_at_the_next_call(
@@ -345,8 +365,7 @@ def test_an_error_of_the_writer_is_raised_at_the_next_call(
     }
     with full_disk(monkeypatch, after=first):
         train(averages, live, range(1, 13))
-        assert snapshots._pending is not None
-        while not snapshots._pending.done():
+        while not snapshots._pending[0].done():
             pass
     with pytest.raises(OSError, match="No space left"):
         calls[call]()

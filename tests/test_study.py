@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -123,6 +125,18 @@ KEPT = replace(SMALL, snapshots=32)  # one a step
 
 def broken_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     raise ValueError("boom: the targets are upside down")
+
+
+HANGS = 200.0  # seconds
+_calls: list[None] = []
+
+
+def loss_that_hangs(outputs: Tensor, targets: Tensor) -> Tensor:
+    """After the first epoch, for longer than anybody waits."""
+    _calls.append(None)
+    if len(_calls) == 30:
+        time.sleep(HANGS)
+    return nn.functional.mse_loss(outputs, targets)
 
 
 # ---------------------------------------------------------------- statistics
@@ -1029,6 +1043,21 @@ def test_ctrl_c_that_finds_the_pool_s_locks_taken_still_ends_the_workers(
     monkeypatch.setattr(futures._base._AcquireFutures, "__enter__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(SMALL, seeds=4, jobs=2)
+    assert not multiprocessing.active_children()
+
+
+def test_a_second_ctrl_c_ends_workers_that_take_long() -> None:
+    """Who presses twice waits for no evaluation; the first press alone would wait for minutes."""
+    presses = [Timer(wait, os.kill, (os.getpid(), signal.SIGINT)) for wait in (0.5, 1.5)]
+
+    def press(moment: Moment) -> None:
+        while presses:
+            presses.pop().start()
+
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        run_study(replace(SMALL, loss=loss_that_hangs), seeds=2, jobs=2, tell=press)
+    assert time.perf_counter() - began < HANGS
     assert not multiprocessing.active_children()
 
 

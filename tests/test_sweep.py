@@ -479,7 +479,9 @@ def test_the_picture_says_what_it_shows(
         found.plot(tmp_path / "curve.svg", name="validation loss")
     text = (tmp_path / "curve.svg").read_text()
     assert "validation loss (lower is better)" in text
-    assert f"best {found.best.score:.5g} at {found.best.share:.1%}" in text
+    assert (
+        f"best {found.best.score:.5g} at {found.best.share:.2%}; {found.nearly_as_good()}" in text
+    )
     assert "640" in text
 
 

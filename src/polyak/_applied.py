@@ -1,6 +1,7 @@
 """Lend the averaged weights to the live model, and bring the trained ones back whatever happens."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import _kernels as kernels
 from ._engine import Engine, Loan, check_fits, version_of
-from ._errors import OrderError
+from ._errors import AveragingWarning, OrderError, frames_to_the_user
 from ._roles import Entry
 from ._sharding import (
     agreed,
@@ -70,6 +71,24 @@ def applied(engine: Engine, row: int = 0) -> Iterator[None]:
         raise
     if lender.changed:
         raise OrderError(lender.blame())
+
+
+class Unentered:
+    """Held by a block from the call of `applied()` on: says so when nobody ever enters it.
+
+    As Python does for a coroutine that nobody awaits.
+    """
+
+    entered = False
+
+    def __del__(self) -> None:
+        if not (self.entered or sys.is_finalizing()):
+            warnings.warn(
+                "applied: nothing was lent, since the block was never entered. "
+                "Write: with average.applied(): …",
+                AveragingWarning,
+                stacklevel=frames_to_the_user(),
+            )
 
 
 def _check_module_known(engine: Engine) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._applied import applied
+from ._applied import Unentered, applied
 from ._engine import Engine, NonFinite, Rounding, check_memory_not_lent
 from ._errors import ArgumentError, OrderError
 from ._follow import Clock, Follower
 from ._module import averaged_module
 from ._norms import Forward, recompute
 from ._pairing import Coverage, Names
-from ._report import Report, report, unreached_caps, unseen
+from ._report import Report, report, thawed, unreached_caps, unseen
 from ._roles import (
     RoleOverride,
     Selector,
@@ -33,7 +33,9 @@ from ._state import (
 )
 from ._weights import copy_to, full_set
 
-if TYPE_CHECKING:  # a build of torch may be without it
+if TYPE_CHECKING:  # a build of torch may be without the second
+    from contextlib import _GeneratorContextManager
+
     from torch.distributed import ProcessGroup
 
 Source = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -48,8 +50,7 @@ class Uses:
     def __init__(self, source: Source, engine: Engine, row: int) -> None:
         self._source, self._engine, self._row = source, engine, row
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> "_GeneratorContextManager[None]":
         """Lend the averaged weights to the live model for the length of a `with` block.
 
         Values change in place, storages stay, so optimizers, hooks, compiled code and CUDA graphs
@@ -59,6 +60,8 @@ class Uses:
 
         A graph built before the block is valid after it. One built inside must be differentiated
         inside: after the block its backward pass would read the trained weights.
+
+        Without `with` nothing is lent, and an `AveragingWarning` says so.
 
         Raises:
             OrderError: inside another `applied()` over the same weights; for a lost average; on
@@ -70,6 +73,11 @@ class Uses:
             >>> with average.applied():
             ...     y = model(torch.ones(1, 2))
         """
+        return self._lent(Unentered())
+
+    @contextmanager
+    def _lent(self, block: Unentered) -> Iterator[None]:
+        block.entered = True
         self._ready("applied")
         row = self._engine.rows[self._row]
         norms = row.norms
@@ -280,6 +288,8 @@ class Uses:
         self._engine.check_live()
         if self._engine.live_changed_unseen():
             self._engine.warn_once("unseen", f"{action}: {unseen(self._engine)}.")
+        for note in thawed(self._engine):
+            self._engine.warn_once("thawed", f"{action}: {note}.")
 
 
 @final
@@ -475,8 +485,8 @@ class Averages(Mapping[str, Average]):
     Args:
         model_or_tensors: a module, wrapped or not, or tensors by name.
         schedules: name to schedule, at least one.
-        now, dtype, device, include, exclude, roles, nonfinite, rounding, seed, shard: as for
-            `Average`.
+
+    All that is named after them is as for `Average`.
 
     Examples:
         >>> from polyak import Exponential

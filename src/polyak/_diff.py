@@ -121,7 +121,8 @@ class _Sums:
         """Count another slice."""
         self.apart += more.apart
         self.size += more.size
-        self.largest = math.nan if math.isnan(more.largest) else max(more.largest, self.largest)
+        if not math.isnan(self.largest):  # one NaN, and nobody knows the largest
+            self.largest = max(more.largest, self.largest)  # of NaN and a number the first
         self.changed += more.changed
 
 
@@ -132,9 +133,10 @@ def _difference(first: Tensor, second: Tensor) -> _Sums:
     differ = first != second if first.dtype == second.dtype else left != right
     differ &= ~(left.isnan() & right.isnan())
     apart = torch.where(differ, (right - left).abs(), 0.0)
+    size = torch.where(differ | left.isfinite(), left.abs(), 0.0)  # a mask of infinities has none
     return _Sums(
         apart=float(apart.square().sum()),
-        size=float(left.abs().square().sum()),
+        size=float(size.square().sum()),
         largest=float(apart.max()),
         changed=int(differ.sum()),
     )

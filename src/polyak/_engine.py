@@ -281,8 +281,7 @@ class Engine:
         self._doubts: list[Doubt] = []  # steps that the device may have skipped
         self._warned: set[str] = set()
         for row in self.rows:
-            row.memory, row.norms, row.damage, row.stalled = Memory(), {}, "", ""
-            row.past = []
+            row.memory, row.norms, row.past, row.stalled = Memory(), {}, [], ""
 
     def next_time(self, now: float | None) -> tuple[float, float]:
         """The time of an update at `now` (None: one more), and the time since the last one.
@@ -295,6 +294,11 @@ class Engine:
             now = check_time(now)
         elif self.follower is not None:
             now = check_time(self.follower.time())
+            if now == self.now:
+                raise OrderError(
+                    "update must come after a step of the optimizer, got none since the last "
+                    "update: follow() updates by itself. Remove this call."
+                )
         else:  # steps that a follower saw count, also after it was removed
             now = self.now + max(1, self.steps)
         if not now > self.now:
@@ -473,8 +477,12 @@ class Engine:
         at = self.now if now is None else check_time(now)
         self._follow_live()
         self.check_shown()
+        for row in self.rows:  # an interrupt from here on leaves some tensors reset, some not
+            row.damage = "a reset was interrupted half-way"
         self._start_clock(at)
         self.copy_live()
+        for row in self.rows:
+            row.damage = ""
 
     # ── what others may read ─────────────────────────────────────────────────────────────────────
 

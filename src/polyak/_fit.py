@@ -351,7 +351,7 @@ class Overlaps:
                 f"target must be resolved by the snapshots to a relative squared profile error of "
                 f"{max_error:g}, got {found.error:.2g} for {target!r} at {show_time(found.at)}. "
                 f"{advice}Take snapshots more often or of another average, or pass a larger "
-                "max_error."
+                "max_error (--max-error)."
             )
         return found
 
@@ -367,7 +367,8 @@ class Overlaps:
 
         Its times count from the start of the run, like those of `polyak.profile`.
         """
-        end = self._pieces.parts[int(self._pieces.segment[fit.used].max())].stop
+        # Also where the newest file used is older: a stored average may have stood still since.
+        end = int(np.searchsorted(self._times, fit.at, side="right"))
         weights = self._pieces.sum_of(fit.coefficients)[:end]
         return Profile(
             times=self._times[1:end] - self.start, weights=weights[1:], initial=float(weights[0])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeAlias, get_args
 
 import torch
 
-from ._errors import ArgumentError
+from ._errors import ArgumentError, AveragingError
 from ._files import open_checkpoint, outline
 from ._fit import Storage
 from ._history import History
@@ -18,6 +19,7 @@ from ._schedules import Schedule
 
 FORMAT = 1
 _FILE, _SPREAD = ".safetensors", ".dcp"  # of an average in one process, and of one over many ranks
+_NAME = re.compile(r".+-(-?\d{11,}|-?\d+\.\d+|-?\d(\.\d+)?e[+-]\d+)")  # as `snapshot_name` gives it
 
 # The function that was an average's schedule, or such functions by average.
 Opaque: TypeAlias = Schedule | Mapping[str, Schedule]
@@ -107,26 +109,37 @@ def read_folder(directory: Path) -> list[Snapshot]:
     """Every snapshot of a folder, by time and average; only headers are read.
 
     Raises:
-        ArgumentError: no such folder, nothing in it, or a file that is no snapshot of polyak.
+        ArgumentError: no such folder, none in it, or a file with the name of one that is none.
     """
     if not directory.is_dir():
         raise ArgumentError(
             f"directory must be a folder of snapshots, got {str(directory)!r}, which is "
             + ("a file." if directory.exists() else "not there.")
         )
-    files = snapshot_paths(directory)
-    if not files:
+    found = snapshots_in(directory)
+    if not found:
         raise ArgumentError(
             f"directory must hold snapshots, got {str(directory)!r} without one. "
-            "Write some with polyak.Snapshots while training."
+            "Write some with polyak.Snapshots while training; plain checkpoints are for "
+            "polyak.merge."
         )
-    found = [read_snapshot(path) for path in files]
+    return found
+
+
+def snapshots_in(directory: Path) -> list[Snapshot]:
+    """`read_folder` of a folder that may have none.
+
+    People keep other weights there, too: what is neither a snapshot nor called like one is passed
+    over.
+    """
+    found = []
+    for path in [p for ending in (_FILE, _SPREAD) for p in directory.glob(f"*{ending}")]:
+        try:
+            found.append(read_snapshot(path))
+        except AveragingError:
+            if _NAME.fullmatch(path.stem):
+                raise
     return sorted(found, key=lambda file: (file.now, file.average))
-
-
-def snapshot_paths(directory: Path) -> list[Path]:
-    """What is there under the name of a snapshot; what is being written is not."""
-    return sorted(path for ending in (_FILE, _SPREAD) for path in directory.glob(f"*{ending}"))
 
 
 def size_of(path: Path) -> int:

@@ -50,6 +50,7 @@ class Follower:
             )
         bare = list({id(o): o for o in map(unwrapped, optimizers)}.values())
         _refuse_steps_inside_backward(engine)
+        _warn_of_a_stranger(engine, bare)
         old = engine.follower
         if isinstance(old, Follower) and old.active:
             if {id(o) for o in old._optimizers} != {id(o) for o in bare}:
@@ -144,6 +145,18 @@ def unwrapped(optimizer: object) -> Optimizer:
             "For anything else call update() after each step."
         )
     return seen
+
+
+def _warn_of_a_stranger(engine: Engine, optimizers: Sequence[Optimizer]) -> None:
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    if not any(id(entry.live()) in trained for entry in engine.entries):
+        engine.warn_once(
+            "stranger",
+            "follow: the optimizer trains none of the averaged parameters, but perhaps those of a "
+            "copy of the model; follow the one that does. Where it trains master copies of them, "
+            "call update() after these were written back.",
+        )
 
 
 def _refuse_steps_inside_backward(engine: Engine) -> None:

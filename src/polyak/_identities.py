@@ -148,7 +148,10 @@ def constant_decay(schedule: Schedule) -> float | None:
     """
     if isinstance(schedule, After):
         return constant_decay(schedule.schedule)
-    return schedule.in_decay().decay if isinstance(schedule, Exponential) else None
+    if not isinstance(schedule, Exponential):
+        return None
+    # Not by `in_decay`, which has no schedule for a decay that rounds to 1.
+    return schedule.decay if schedule.half_life is None else math.exp2(-1.0 / schedule.half_life)
 
 
 # ── saved by name and fields ─────────────────────────────────────────────────────────────────────

@@ -15,7 +15,7 @@ from . import _coefficients as shares
 from ._coefficients import Curve
 from ._combine import Combination, NonFinite, is_averaged
 from ._errors import ArgumentError
-from ._files import ALONE, Team, checkpoint_writer, team_of
+from ._files import ALONE, Team, check_ending, checkpoint_writer, team_of
 from ._files._folder import is_weights_name
 from ._inputs import Inputs, Named, PathLikes, known_steps, open_inputs, steps_of
 from ._schedules import Schedule
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # a build of torch may be without it
     from torch.distributed import ProcessGroup
 
 _WORTH_A_NOTE = 1e-3  # of the weight
-_OTHER_FORMATS = (".pt", ".pth", ".bin", ".ckpt", ".pkl")  # nobody calls a folder so
 
 
 @dataclass(frozen=True)
@@ -262,11 +261,7 @@ def write(
 
 def check_target(inputs: Inputs, out: Path, *, force: bool) -> None:
     """Raise, before any work, where `out` cannot be or would replace an input."""
-    if out.suffix in _OTHER_FORMATS:
-        raise ArgumentError(
-            f"out must end in .safetensors or be a folder, got {str(out)!r}. "
-            f"Pass {out.stem}.safetensors."
-        )
+    check_ending(out, "out")
     if not out.absolute().parent.is_dir():
         raise ArgumentError(f"out must lie in a folder that exists, got {str(out)!r}.")
     if out.is_dir() and not force:

@@ -39,6 +39,8 @@ def recompute(
     """
     if limit is not None and not is_count(limit):
         raise ArgumentError(f"limit must be at least 1 batch, a whole number, got {limit!r}.")
+    if isinstance(batches, Tensor):  # its rows would pass for batches
+        raise ArgumentError("batches must be several, got one Tensor. Pass a loader, or [tensor].")
     call = forward or _plain_forward
     layers = [_Layer(prefix, norm) for prefix, norm in _layers(model)]
     if not layers:

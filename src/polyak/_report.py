@@ -116,13 +116,17 @@ def notes(engine: Engine, row: int) -> list[str]:
     if stalled := engine.rows[row].stalled:
         found.append(stalled)
     found += unreached_caps(engine, row)
-    for entry in engine.inventory.entries:
-        if entry.why == "frozen parameter" and entry.live().requires_grad:
-            found.append(
-                f"{entry.name} was frozen when the average was built and is trained now: it stays "
-                "live; build a new average to include it"
-            )
-    return found
+    return found + thawed(engine)
+
+
+def thawed(engine: Engine) -> list[str]:
+    """What to say of parameters that were frozen once and are no longer."""
+    return [
+        f"{entry.name} was frozen when the average was built and is trained now: it stays live; "
+        "build a new average to include it"
+        for entry in engine.inventory.entries
+        if entry.why == "frozen parameter" and entry.live().requires_grad
+    ]
 
 
 def unseen(engine: Engine) -> str:

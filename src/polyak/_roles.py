@@ -1,6 +1,7 @@
 """Which tensors of a model are averaged, which stay live, and what each of them is called."""
 
 import fnmatch
+import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -347,9 +348,17 @@ def _pairs(source: object) -> list[tuple[str, Tensor]]:
         if not (named and isinstance(pair[1], Tensor)):
             raise ArgumentError(
                 "the first argument must be a module or tensors by name, got "
-                f"{pair!r:.60} in {type(source).__name__}. Pass the model."
+                f"{_shown(pair, source)}. Pass the model."
             )
     return found
+
+
+def _shown(pair: object, source: object) -> str:
+    """What stands where a pair should, without its numbers."""
+    if isinstance(pair, tuple) and len(pair) == 2:
+        return f"{reprlib.repr(pair[0])} with {type(pair[1]).__name__} in {type(source).__name__}"
+    bare = f"a bare {type(pair).__name__}"
+    return bare if pair is source else f"{bare} in {type(source).__name__}"
 
 
 def _unit_norm_buffers(module: nn.Module) -> set[str]:

@@ -48,7 +48,8 @@ def save(
             ("drop"), or under each name, for a bare `load_state_dict` ("copy").
 
     Raises:
-        ArgumentError: no such folder; a dtype that safetensors or the values do not fit.
+        ArgumentError: no such folder; a name that says another format, like `.pt`; a dtype that
+            safetensors or the values do not fit.
         OrderError: another rank has an error.
 
     Examples:
@@ -144,6 +145,11 @@ def load_weights(
         ArgumentError: not a whole checkpoint, or several weights in it that could be meant.
         MatchError: other names or shapes than the model's.
     """
+    if not isinstance(path, str | PathLike):
+        raise ArgumentError(
+            f"path must be the path of a checkpoint, got {type(path).__name__}. "
+            "Call load_weights(path, model)."
+        )
     with open_checkpoint(path, key=key) as checkpoint:
         tensors = {
             name: checkpoint.read(name).view(info.shape)

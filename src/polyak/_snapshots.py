@@ -4,7 +4,9 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
@@ -19,16 +21,22 @@ from . import _kernels as kernels
 from ._average import Average, Averages
 from ._checks import check_dtype, is_count
 from ._engine import Engine
-from ._errors import ArgumentError, MatchError, OrderError, show_time
+from ._errors import (
+    ArgumentError,
+    AveragingWarning,
+    MatchError,
+    OrderError,
+    frames_to_the_user,
+    show_time,
+)
 from ._files import ALONE, Team, team_among, write_tensors
 from ._fit import plan
 from ._folder import (
     FORMAT,
     Snapshot,
-    read_folder,
     size_of,
     snapshot_name,
-    snapshot_paths,
+    snapshots_in,
     storage_of,
     thinned,
 )
@@ -66,10 +74,11 @@ class _Taken:
 class Snapshots:
     """Write averages to a folder as training goes: with them any length can be had afterwards.
 
-    A snapshot is taken at the first update at or after each multiple of `every`: the averages are
-    copied at once, in half precision, and written by a thread while training goes on. Each file is
-    an ordinary safetensors file of one average that says when and by which updates it came about;
-    `polyak.reconstruct` combines them into the average that any other schedule would have given.
+    A snapshot is taken at the first update at or after each multiple of `every`, counted from the
+    time at which the averages were built: they are copied at once, in half precision, and written
+    by a thread while training goes on. Each file is an ordinary safetensors file of one average
+    that says when and by which updates it came about; `polyak.reconstruct` combines them into the
+    average that any other schedule would have given.
 
     Take two averages, `Power(sigma_rel=0.05)` and `Power(sigma_rel=0.10)`: the error of what is
     reconstructed falls with the fourth power of the number of snapshots, with one average alone
@@ -139,7 +148,8 @@ class Snapshots:
         self.every, self.dtype, self.keep = every, dtype, keep
         self._engine = next(iter(self._members.values()))._engine
         self._writer: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[None]] = []  # what is being written, at most one
+        weakref.finalize(self, _tell_what_is_lost, self._pending)
         self._team, self._behind = _team(self._engine)
         try:
             self._check_ranks_agree()
@@ -235,15 +245,14 @@ class Snapshots:
         taken = self._copied()
         self._taken_at = engine.now
         if self._behind:
-            self._pending = self._writer.submit(self._write, taken)
+            self._pending.append(self._writer.submit(self._write, taken))
         else:
             self._write(taken)
 
     def flush(self) -> None:
         """Wait until all that was taken is on disk; raise what went wrong there."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if self._pending:
+            self._pending.pop().result()
 
     def close(self) -> None:
         """Take no more; wait for what was taken. A `with` block does it at its end."""
@@ -311,7 +320,7 @@ class Snapshots:
                 f"directory must be a folder that can be made, got {str(self.directory)!r} "
                 f"({error.strerror})."
             ) from error
-        found = read_folder(self.directory) if snapshot_paths(self.directory) else []
+        found = snapshots_in(self.directory)
         if not found:
             return []
         if not updates:
@@ -475,6 +484,22 @@ class Snapshots:
         if files:
             self._team.first(remove)
         self._files = [file for file in self._files if file not in files]
+
+
+def _tell_what_is_lost(pending: Sequence[Future[None]]) -> None:
+    """Called when the `Snapshots` are gone, at the end of the process at the latest."""
+
+    def tell(written: Future[None]) -> None:
+        if error := written.exception():
+            warnings.warn(
+                f"Snapshots: the last one could not be written: {error}. Call close() at the end, "
+                "or use them in a with block: either raises this.",
+                AveragingWarning,
+                stacklevel=frames_to_the_user(),
+            )
+
+    for future in pending:
+        future.add_done_callback(tell)
 
 
 def _team(engine: Engine) -> tuple[Team, bool]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._combine import Combination, NonFinite
 from ._errors import ArgumentError, AveragingWarning, frames_to_the_user
+from ._files import folder_for_a_while
 from ._inputs import Inputs, Named, PathLikes, known_steps, open_inputs
 from ._merge import Counted, Merge, check_target, prepare, write
 
@@ -333,9 +334,8 @@ class _Cook:
 
     def _score_file(self, coefficients: list[float]) -> float:
         """The score of the mix on disk, gone afterwards."""
-        where = self.like.absolute().parent
-        with tempfile.TemporaryDirectory(prefix=".polyak-soup-", dir=where) as folder:
-            candidate = Path(folder) / self.like.name
+        with folder_for_a_while(self.like.absolute()) as folder:
+            candidate = folder / self.like.name
             plan, combination = self.recipe(coefficients, "candidate of a soup", candidate)
             write(plan, self.inputs, combination)
             return self.score(str(candidate))

@@ -96,6 +96,13 @@ class Sweep:
             last += 1
         return self.points[first], self.points[last]
 
+    def nearly_as_good(self) -> str:
+        """The plateau in words."""
+        first, last = self.plateau
+        if first is last:
+            return "no other is nearly as good"
+        return f"nearly as good from {first.share:.2%} to {last.share:.2%} of the run"
+
     def _merit(self, point: Point) -> float:
         return point.score if self.higher_is_better else -point.score
 
@@ -160,8 +167,7 @@ class Sweep:
             )
             axes.set_ylabel(f"{name} ({'higher' if self.higher_is_better else 'lower'} is better)")
             axes.set_title(
-                f"best {self.best.score:.5g} at {self.best.share:.1%}; nearly as good from "
-                f"{first.share:.1%} to {last.share:.1%}",
+                f"best {self.best.score:.5g} at {self.best.share:.2%}; {self.nearly_as_good()}",
                 fontsize=10,
             )
 

@@ -42,8 +42,9 @@ class Window(Uses):
     """The mean of the last `k` captures of the live weights (LAWA, Kaddour 2022, arXiv 2209.14981).
 
     mean of w(t) over the last k captures t, one at the first update at or after each multiple of
-    `every`. Equal weights and a hard edge, for the memory of k + 1 models; an `Exponential` with
-    decay (k - 1) / (k + 1) has the same noise window and the same mean age for the memory of one.
+    `every` since construction. Equal weights and a hard edge, for the memory of k + 1 models; an
+    `Exponential` with decay (k - 1) / (k + 1) has the same noise window and the same mean age for
+    the memory of one.
 
     Until the first capture the average is the weights at construction; before `k` captures it is
     the mean of those there are. Used like an `Average`. Where a live element is NaN or inf at a
@@ -53,7 +54,8 @@ class Window(Uses):
         model_or_tensors: a module, wrapped or not, or tensors by name.
         k: captures to keep, at least 1.
         every: units of time between captures.
-        now, dtype, device, include, exclude, roles, nonfinite, shard: as for `Average`.
+
+    All that is named after them is as for `Average`.
 
     Examples:
         >>> live = {"w": torch.zeros(1)}

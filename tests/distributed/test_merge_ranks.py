@@ -158,5 +158,5 @@ def test_commands_join_the_ranks_of_torchrun(files: list[Path], tmp_path: Path) 
     words = ["reconstruct", str(tmp_path), "--sigma-rel", "0.1", "-o", str(tmp_path / "r")]
     first, second = run_on(2, work.command, words, free_port())
     assert first[0] == second[0] == 1
-    assert first[2].startswith("polyak: alone.safetensors must be a snapshot")
+    assert first[2].startswith("polyak: directory must hold snapshots")
     assert second[1:] == ("", "")

@@ -10,10 +10,11 @@ import shutil
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from .._errors import ArgumentError
+from .._interrupts import interrupts_held
 
 # Some file systems keep locks within one host: what another host holds must not look left behind.
 _HOST = re.sub(r"\W", "-", socket.gethostname())
@@ -52,22 +53,32 @@ def folder_written_whole(path: Path, *, replace: bool = False) -> Iterator[Path]
     leaves nothing under the name, never half of something, and the next write puts the old one
     back first.
     """
+    with folder_for_a_while(path) as temporary:  # then the new folder, or the old one, goes
+        _check_free(path, replace)
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        _check_free(path, replace)
+        _take_name(temporary, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def folder_for_a_while(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which goes at the end.
+
+    What a process that was killed meanwhile leaves goes with the next call for the same `path`.
+    """
     _check_place(path)
     _sweep(path)
-    _check_free(path, replace)
     with _held(path, _HELD) as held:
         temporary = held.with_suffix(_TEMPORARY)
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
-            _check_free(path, replace)
-            _take_name(temporary, path)
-            _sync(path.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # the new folder, or the old one
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_place(path: Path) -> None:
@@ -93,14 +104,15 @@ def _take_name(temporary: Path, path: Path) -> None:
         os.rename(temporary, path)
         return
     aside = temporary.with_suffix(_ASIDE)
-    os.rename(path, aside)
-    try:
-        os.rename(temporary, path)
-    except BaseException:
-        os.rename(aside, path)
-        raise
-    # Removed under this name: nobody puts it back, half there, should this be killed meanwhile.
-    os.rename(aside, temporary)
+    with interrupts_held():  # one that comes right after a rename would not know of it
+        os.rename(path, aside)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            os.rename(aside, path)
+            raise
+        # Removed under this name: nobody puts it back, half there, should this be killed meanwhile.
+        os.rename(aside, temporary)
 
 
 # ── names beside it, and whose they are ──────────────────────────────────────────────────────────
@@ -124,9 +136,14 @@ def _held(path: Path, ending: str) -> Iterator[Path]:
             yield held
             return
         finally:
-            with suppress(FileNotFoundError):
-                held.unlink()
+            if not any(map(os.path.lexists, _folders_of(held))):  # else the next sweep needs it
+                held.unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def _folders_of(held: Path) -> list[Path]:
+    """The folders that a file with this ending stands for: one written, and one moved aside."""
+    return [held.with_suffix(end) for end in (_ASIDE, _TEMPORARY)] if held.suffix == _HELD else []
 
 
 def _sweep(path: Path) -> None:
@@ -156,7 +173,7 @@ def _clear(held: Path, path: Path) -> None:
     aside = held.with_suffix(_ASIDE)
     if aside.is_dir() and not os.path.lexists(path):
         os.rename(aside, path)
-    for folder in (aside, held.with_suffix(_TEMPORARY)):
+    for folder in _folders_of(held):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -151,6 +151,7 @@ def checkpoint_writer(
     written = {name: info for name, info in tensors.items() if name not in aliases}
 
     def announced() -> AbstractContextManager[Offsets]:
+        check_ending(path, "path")
         words = _words(written, metadata, aliases)
         check_known(written, "Choose another dtype.")
         if max_shard_size is not None and not max_shard_size > 0:
@@ -165,7 +166,7 @@ def checkpoint_writer(
             )
         return _file_announced(path, written, words)
 
-    with _written(announced, written, team) as writer:
+    with _naming(path), _written(announced, written, team) as writer:
         yield writer
 
 
@@ -173,11 +174,36 @@ def checkpoint_writer(
 def file_writer(
     path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> Iterator[Writer]:
-    """`checkpoint_writer` for one file, whatever its name ends in."""
+    """`checkpoint_writer` for one file, whatever its name ends in but that of another format."""
+    check_ending(path, "path")
     check_known(tensors, "Use torch.save(average.weights(), path) instead.")
     words = {**metadata, "format": "pt"}
-    with _written(lambda: _file_announced(path, tensors, words), tensors, ALONE) as writer:
+
+    def announced() -> AbstractContextManager[Offsets]:
+        return _file_announced(path, tensors, words)
+
+    with _naming(path), _written(announced, tensors, ALONE) as writer:
         yield writer
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say what was being written, where the system says no more than that a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def check_ending(path: Path, argument: str) -> None:
+    """Refuse names by which files of another format are known: nobody calls a folder so."""
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+        raise ArgumentError(
+            f"{argument} must not say another format than what is written, safetensors, got "
+            f"{str(path)!r}. Pass {path.stem}.safetensors."
+        )
 
 
 @contextmanager

@@ -45,8 +45,8 @@ def flat_views(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     Channels-last and transposed weights are dense too; only their order of dimensions is another.
     """
     first = tensors[0]
-    if all(t.is_contiguous() for t in tensors):
-        return [t.view(-1) for t in tensors]
-    if is_dense(first) and all(t.stride() == first.stride() for t in tensors):
-        return [t.as_strided((t.numel(),), (1,)) for t in tensors]
-    return None
+    alike = is_dense(first) and all(t.stride() == first.stride() for t in tensors)
+    if not alike and not all(t.is_contiguous() for t in tensors):
+        return None
+    # No `view(-1)`: of a single element it would keep whatever stride that has.
+    return [t.as_strided((t.numel(),), (1,)) for t in tensors]

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 _LIBRARIES = ("typer", "rich")
+STOPPED = 130  # the exit code of shells for Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code: 0 done, 1 an error of ours, 2 wrong usage.
+    """Run the command line and return its exit code.
+
+    0 done, 1 an error of ours, 2 wrong usage, 130 Ctrl-C.
 
     Args:
         arguments: words after `polyak`; None takes those of this process.
@@ -21,6 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    from ._app import run  # needs the libraries that were just looked for
+    try:
+        from ._app import run  # needs the libraries that were just looked for
 
-    return run(sys.argv[1:] if arguments is None else list(arguments))
+        code = run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:
+        code = STOPPED
+    if code == STOPPED:
+        print("polyak: stopped; no file is left half written.", file=sys.stderr)
+    return code

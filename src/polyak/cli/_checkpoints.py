@@ -2,6 +2,7 @@
 
 import ast
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -283,11 +284,17 @@ def _schedule(text: str) -> Schedule:
     except (SyntaxError, TypeError, ValueError) as error:
         if isinstance(error, AveragingError):
             raise
+        if isinstance(error, _UnknownSettingError):
+            raise typer.BadParameter(f"{error}, got {text!r}.", param_hint="--schedule") from None
         raise typer.BadParameter(
             f"must be one of {', '.join(_SCHEDULES)} with its settings, like "
             f'"Power(sigma_rel=0.05)", got {text!r}.',
             param_hint="--schedule",
         ) from None
+
+
+class _UnknownSettingError(ValueError):
+    """A schedule that is known, with settings that it does not take."""
 
 
 def _built(node: ast.expr) -> Schedule:
@@ -299,7 +306,13 @@ def _built(node: ast.expr) -> Schedule:
     named = {word.arg: _setting(word.value) for word in node.keywords if word.arg}
     if len(named) < len(node.keywords):
         raise ValueError("no ** here")
-    built: Schedule = _SCHEDULES[node.func.id](*settings, **named)
+    make = _SCHEDULES[node.func.id]
+    try:
+        signature(make).bind(*settings, **named)
+    except TypeError:
+        known = ", ".join(signature(make).parameters)
+        raise _UnknownSettingError(f"{node.func.id} takes {known}") from None
+    built: Schedule = make(*settings, **named)
     return built
 
 

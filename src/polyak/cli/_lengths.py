@@ -121,7 +121,7 @@ def reconstruct(
         )
         return
     typer.echo(
-        f"{target!r} at {show_time(fit.at)} from {len(fit.used)} of {len(found.files)} snapshots: "
+        f"{target!r} at {show_time(fit.at)} from {len(fit.used)} of {len(found.files)} files: "
         f"relative squared profile error {fit.error:.1e}, rounding of the files {fit.noise:.1e} of "
         f"the weights, mean age {found.profile.mean_age:,.4g}"
     )
@@ -200,12 +200,8 @@ def sweep(
     if json:
         typer.echo(found.to_json())
         return
-    first, last = found.plateau
     typer.echo(str(found))
-    typer.echo(
-        f"best: {found.best.target!r} ({found.best.score:.6g}); nearly as good from "
-        f"{first.share:.2%} to {last.share:.2%} of the run"
-    )
+    typer.echo(f"best: {found.best.target!r} ({found.best.score:.6g}); {found.nearly_as_good()}")
     if out is not None:
         typer.echo(f"written: {out}")
 

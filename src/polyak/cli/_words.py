@@ -37,9 +37,6 @@ def one_line_errors() -> Iterator[None]:
     except (AveragingError, OSError, ImportError) as error:
         typer.echo(f"polyak: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("polyak: stopped; nothing was written.", err=True)
-        raise typer.Exit(130) from None
 
 
 def dtype_of(name: Dtype | None) -> torch.dtype | None:

@@ -1,12 +1,11 @@
 """Where a study is kept: a folder that is written whole or not at all."""
 
 import json
-import os
-import shutil
 import tempfile
 from pathlib import Path
 
 from polyak._errors import ArgumentError
+from polyak._files import folder_written_whole
 
 from ._findings import Findings
 from ._json import FORMAT, document, text
@@ -75,11 +74,10 @@ def load(folder: str | Path, *, task: Task | None = None) -> Findings:
 
 
 def save(study: Findings, out: str | Path, *, force: bool = False) -> Path:
-    """Write report, results and pictures to a temporary sibling, then rename it to `out`."""
+    """Write report, results and pictures to `out`: all of them, or nothing."""
     path = check_folder(out, force=force).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with folder_written_whole(path, replace=True) as fresh:
         light = {name: png(picture, study, LIGHT) for name, (picture, _) in pictures(study).items()}
         for name, image in light.items():
             (fresh / f"{name}.png").write_bytes(image)
@@ -87,34 +85,7 @@ def save(study: Findings, out: str | Path, *, force: bool = False) -> Path:
         (fresh / REPORT).write_text(html, encoding="utf-8")
         results = text(document(study))
         (fresh / RESULTS).write_text(results, encoding="utf-8")
-        fresh.chmod(0o777 & ~_umask())  # a temporary folder is for its owner alone
-        _replace(path, fresh)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
     return path
-
-
-def _replace(path: Path, fresh: Path) -> None:
-    """Put `fresh` where `path` is; the old folder goes only once the new one stands."""
-    if not path.exists():
-        fresh.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-    path.rename(old / path.name)
-    try:
-        fresh.rename(path)
-    except BaseException:
-        (old / path.name).rename(path)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _is_study(results: Path) -> bool:

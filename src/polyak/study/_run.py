@@ -1,6 +1,7 @@
 """All seeds of a study, in parallel processes, to one value."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -178,7 +179,7 @@ def _end_with_parent() -> None:
 
 def _work(pickled: bytes, seed: int, control: bool) -> list[Run]:
     def tell(moment: Moment) -> None:
-        if _worker["stop"].is_set():
+        if _worker["stop"].value:
             raise _Cancelled
         _worker["moments"].put(moment)
 
@@ -195,10 +196,20 @@ def _in_processes(
             f"task must be made of functions that can be imported when jobs is above 1, got "
             f"{error}. Define them with def at the top of a module, or pass jobs=1."
         ) from error
+    workers: dict[int, Any] = {}  # those of the pool, by process
+
+    def kill() -> None:
+        for worker in list(workers.values()):
+            worker.kill()
+
     try:
-        with interrupts_held() as let_interrupt_through, _pool(jobs) as (pool, moments):
+        with (
+            interrupts_held(again=kill) as let_interrupt_through,
+            _pool(jobs) as (pool, moments),
+        ):
             with _deaf_to_interrupts():
                 futures = [pool.submit(_work, pickled, seed, control) for seed in seeds]
+            workers.update(pool._processes)
             for ended in _ended(futures):
                 let_interrupt_through()
                 _drain(moments, tell)
@@ -218,14 +229,15 @@ def _pool(jobs: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     """Worker processes, and the queue of what they report; at the end they are asked to stop."""
     # Spawned, not forked: torch's thread pools do not survive a fork.
     context: SpawnContext = multiprocessing.get_context("spawn")
-    moments, stop = context.Queue(), context.Event()
+    # No event: a worker killed while it asks would leave the event's lock taken.
+    moments, stop = context.Queue(), context.RawValue(ctypes.c_bool, False)
     pool = ProcessPoolExecutor(
         max_workers=jobs, mp_context=context, initializer=_begin_worker, initargs=(moments, stop)
     )
     try:
         yield pool, moments
     finally:
-        stop.set()  # each worker leaves at its next evaluation
+        stop.value = True  # each worker leaves at its next evaluation
         pool.shutdown(wait=True, cancel_futures=True)
         moments.close()
         moments.cancel_join_thread()
