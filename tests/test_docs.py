@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import polyak
+import polyak.study
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,8 +27,10 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_public_name_is_documented() -> None:
     """The reference lists exactly the names of the front door."""
-    listed = re.findall(r"^::: polyak\.(\w+)$", (ROOT / "docs/reference.md").read_text(), re.M)
-    assert sorted(listed) == polyak.__all__
+    text = (ROOT / "docs/reference.md").read_text()
+    assert sorted(re.findall(r"^::: polyak\.(\w+)$", text, re.M)) == polyak.__all__
+    study = re.findall(r"^::: polyak\.study\.(\w+)$", text, re.M)
+    assert sorted(study) == sorted(polyak.study.__all__)
 
 
 @pytest.mark.parametrize("name", polyak.__all__)
