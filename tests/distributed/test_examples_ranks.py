@@ -32,7 +32,7 @@ def torchrun(name: str, ranks: int, folder: Path, until: int) -> list[str]:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return done.stdout.splitlines()
 
 
