@@ -51,6 +51,7 @@ from polyak._files import (
     _atomic,
     _bytes,
     checkpoint_writer,
+    folder_written_whole,
     open_checkpoint,
 )
 from snags import pressed_at_line
@@ -742,6 +743,17 @@ def test_overlapping_writes_do_not_hide_a_gap(tmp_path: Path) -> None:
                 write_stretches(path, count, writes)
         assert path.exists() == (len(covered) == count)
     assert 0 < len(os.listdir(tmp_path)) < 60
+
+
+def test_a_link_to_a_folder_is_replaced_without_a_trace(tmp_path: Path) -> None:
+    """The link goes, not what it points to."""
+    write_all(tmp_path / "real", {"a": torch.zeros(2)})
+    (tmp_path / "out").symlink_to("real")
+    with folder_written_whole(tmp_path / "out", replace=True) as fresh:
+        (fresh / "new").touch()
+    assert sorted(os.listdir(tmp_path)) == ["out", "real"]
+    assert os.listdir(tmp_path / "out") == ["new"]
+    assert os.listdir(tmp_path / "real") == ["model.safetensors"]
 
 
 def test_ctrl_c_at_any_line_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:

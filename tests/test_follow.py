@@ -52,10 +52,41 @@ def test_an_optimizer_of_a_copy_of_the_model_is_warned_of() -> None:
     model, _ = pair()
     _, another = pair()
     average = polyak.Average(model)
+    average.follow(another)
+    copied = nn.Linear(3, 1)
+    copied.weight, copied.bias = another.param_groups[0]["params"]
     with pytest.warns(polyak.AveragingWarning, match="follow the one that does"):
-        average.follow(another).remove()
-    shared = torch.optim.SGD([*another.param_groups[0]["params"], model.bias], lr=0.1)
-    polyak.Average(model).follow(shared)  # some is enough: others may be left out of the average
+        step(copied, another)
+    step(copied, another)  # once is enough
+
+
+@pytest.mark.parametrize("way", ["some", "the same memory", "written by another", "added later"])
+def test_an_optimizer_of_the_averaged_weights_by_whatever_way_is_not(way: str) -> None:
+    """Part of them, views of them, masters of them, or the last of several that share a loop."""
+    model, optimizer = pair()
+    source = model.state_dict() if way == "the same memory" else model
+    average = polyak.Average(source)
+    closing = nn.Linear(3, 1)
+    last = torch.optim.SGD(closing.parameters(), lr=0.1)
+    if way == "some":
+        last.add_param_group({"params": [model.bias]})
+    average.follow(optimizer if way == "the same memory" else last)
+    if way == "added later":
+        last.add_param_group({"params": list(model.parameters())})
+    if way != "some":
+        step(model, optimizer)
+    step(closing, last)
+    assert average.updates >= 1
+
+
+def test_an_update_by_hand_where_the_follower_s_clock_stands_still_says_the_time() -> None:
+    """Steps were taken; it is the user's clock that did not move."""
+    model, optimizer = pair()
+    average = polyak.Average(model)
+    average.follow(optimizer, every=5, now=lambda: average.now)
+    step(model, optimizer)
+    with pytest.raises(polyak.OrderError, match="now must be above 0"):
+        average.update()
 
 
 def test_a_step_that_is_skipped_does_not_count() -> None:
@@ -486,8 +517,7 @@ def test_a_follower_that_never_leads_to_an_update_is_said_once() -> None:
 
     other, foreign = pair()
     lost = polyak.Average(other)
-    with pytest.warns(polyak.AveragingWarning, match="trains none of the averaged parameters"):
-        lost.follow(optimizer)
+    lost.follow(optimizer)
     step(other, foreign)
     with pytest.warns(polyak.AveragingWarning, match="follow the one that trains this model"):
         lost.weights()

@@ -2,8 +2,11 @@
 
 # ruff: noqa: PT012 - what must not be reached stands behind what must raise
 
+import os
 import signal
 import threading
+import time
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -110,6 +113,21 @@ def test_other_threads_may_use_it() -> None:
     thread.start()
     thread.join()
     assert found == [signal.default_int_handler]
+
+
+def test_work_on_threads_is_left_soon() -> None:
+    """Not when all of it is done: here, after ten minutes."""
+    jobs = [Slice("w", start, start + 1) for start in range(60_000)]
+    Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    done: list[Slice] = []
+
+    def work(job: Slice) -> None:
+        time.sleep(0.01)
+        done.append(job)
+
+    with pytest.raises(KeyboardInterrupt):
+        on_threads(jobs, work, total=len(jobs))
+    assert len(done) < 6_000
 
 
 @pytest.mark.parametrize("again", [0, 1, 7, 40], ids="and {} lines later".format)

@@ -612,6 +612,10 @@ def test_other_weights_in_the_folder_of_a_run_are_passed_over(folder: Path) -> N
     save_file({"w": torch.zeros(6)}, folder / "step-9000.safetensors")
     (folder / "empty.safetensors").touch()
     (folder / "checkpoint.dcp").mkdir()
+    (folder / "link.safetensors").symlink_to("nowhere")
+    for name in ("model-v1-1.5", "ckpt-20261122134500"):  # as snapshots are called
+        save_file({"w": torch.zeros(6)}, folder / f"{name}.safetensors")
+    polyak.save(polyak.Average({"w": torch.zeros(6)}), folder / "last-2.5.safetensors")
     np.testing.assert_array_equal(rebuilt(polyak.reconstruct(folder, power(0.15))), rebuilt(wanted))
     only = folder / "others"
     only.mkdir()

@@ -138,6 +138,11 @@ def test_a_parameter_that_is_unfrozen_later_is_reported() -> None:
     average = polyak.Average(model)
     model.head.weight.requires_grad_(True)
 
+    other = Net()
+    excluded = polyak.Average(other, exclude="head.*")
+    other.head.weight.requires_grad_(True)
+    assert excluded.report().notes == ()  # left out on purpose
+
     (note,) = average.report().notes
 
     assert "head.weight was frozen" in note

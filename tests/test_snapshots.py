@@ -327,6 +327,29 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, *, after: int) -> Iterator[None]:
     monkeypatch.undo()
 
 
+def test_a_wait_that_is_interrupted_forgets_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a snapshot is being written: what comes of it is raised at the next wait."""
+    live = walk()
+    averages = polyak.Averages(live, PAIR)
+    snapshots = polyak.Snapshots(averages, tmp_path, every=10)
+    interrupted = threading.Event()
+
+    def full(*_: object) -> None:
+        assert interrupted.wait(60)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("polyak._snapshots.write_tensors", full)
+    train(averages, live, range(1, 11))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        snapshots.flush()
+    interrupted.set()
+    with pytest.raises(OSError, match="No space left"):
+        snapshots.close()
+
+
 def test_a_last_snapshot_that_is_lost_is_told_at_the_end_of_the_process(tmp_path: Path) -> None:
     """Nobody called close, so no call could raise it; the exit code is the script's."""
     code = (

@@ -1042,7 +1042,7 @@ def test_ctrl_c_that_finds_the_pool_s_locks_taken_still_ends_the_workers(
 
     monkeypatch.setattr(futures._base._AcquireFutures, "__enter__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_study(SMALL, seeds=4, jobs=2)
+        run_study(replace(SMALL, epochs=1_000_000), seeds=4, jobs=2)  # they stop in the midst of it
     assert not multiprocessing.active_children()
 
 
@@ -1375,6 +1375,13 @@ def test_a_study_read_back_is_the_study(tmp_path: Path, small_study: Study) -> N
         Study.load(out, task=replace(KEPT, methods=lambda steps: (ema(0.8),)))
     with pytest.raises(ArgumentError, match=r"folder must hold the results\.json of a study"):
         Study.load(tmp_path)
+
+
+def test_a_name_that_leaves_no_room_beside_it_is_refused_before_training(tmp_path: Path) -> None:
+    """The folder is written under a longer name first; after training it would be too late."""
+    with pytest.raises(ArgumentError, match="Choose a shorter name"):
+        check_folder(tmp_path / ("n" * 240))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ class Distance:
         name: of the tensor.
         shape: of both.
         dtypes: in the first and in the second.
-        relative: ||second - first|| / ||first||; inf where only the first is zero.
+        relative: ||second - first|| / ||first||; inf where only the first is
+            zero, or one is infinite.
         largest: of |second - first| over the elements.
         changed: how many elements differ.
     """
@@ -168,6 +169,6 @@ def _wide(values: Tensor) -> Tensor:
 
 def _ratio(apart: float, size: float) -> float:
     """The root of a ratio of sums of squares; 0 / 0 is no distance."""
-    if apart == 0.0:
-        return 0.0
+    if apart in (0.0, math.inf):
+        return apart
     return math.sqrt(apart / size) if size > 0.0 else math.inf

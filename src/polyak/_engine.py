@@ -294,7 +294,7 @@ class Engine:
             now = check_time(now)
         elif self.follower is not None:
             now = check_time(self.follower.time())
-            if now == self.now:
+            if now == self.now and not self.steps:
                 raise OrderError(
                     "update must come after a step of the optimizer, got none since the last "
                     "update: follow() updates by itself. Remove this call."
@@ -557,13 +557,17 @@ class Engine:
             return False  # averaged weights, not trained ones
         if self.steps > self._watched_steps:
             return True
-        versions = zip(self.entries, self._watched, strict=True)
-        if any(version_of(e.live()) > seen for e, seen in versions if e.kind != "buffer"):
+        if self.live_was_written():
             return True
         # Fused optimizers write without raising the version; the values show it.
         if self._equal_to_live and not self._still_equals_live():
             self._equal_to_live, self._differs = False, True
         return self._differs
+
+    def live_was_written(self) -> bool:
+        """Whether a parameter was written in place since then, by anybody but fused optimizers."""
+        versions = zip(self.entries, self._watched, strict=True)
+        return any(version_of(e.live()) > seen for e, seen in versions if e.kind != "buffer")
 
     def note_own_write(self) -> None:
         """Take what the live weights are now for seen: an average was written into them."""

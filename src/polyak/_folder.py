@@ -20,6 +20,7 @@ from ._schedules import Schedule
 FORMAT = 1
 _FILE, _SPREAD = ".safetensors", ".dcp"  # of an average in one process, and of one over many ranks
 _NAME = re.compile(r".+-(-?\d{11,}|-?\d+\.\d+|-?\d(\.\d+)?e[+-]\d+)")  # as `snapshot_name` gives it
+_PADDED = re.compile(r".+-\d{12}")
 
 # The function that was an average's schedule, or such functions by average.
 Opaque: TypeAlias = Schedule | Mapping[str, Schedule]
@@ -126,6 +127,10 @@ def read_folder(directory: Path) -> list[Snapshot]:
     return found
 
 
+class _NotOursError(ArgumentError):
+    """A whole checkpoint of another kind."""
+
+
 def snapshots_in(directory: Path) -> list[Snapshot]:
     """`read_folder` of a folder that may have none.
 
@@ -136,8 +141,10 @@ def snapshots_in(directory: Path) -> list[Snapshot]:
     for path in [p for ending in (_FILE, _SPREAD) for p in directory.glob(f"*{ending}")]:
         try:
             found.append(read_snapshot(path))
-        except AveragingError:
-            if _NAME.fullmatch(path.stem):
+        except (AveragingError, OSError) as error:
+            # Numbers at the end are common: a whole file of another kind must be called just so.
+            called_so = _PADDED if isinstance(error, _NotOursError) else _NAME
+            if called_so.fullmatch(path.stem):
                 raise
     return sorted(found, key=lambda file: (file.now, file.average))
 
@@ -155,21 +162,30 @@ def read_snapshot(path: Path) -> Snapshot:
         with open_checkpoint(path) as file:
             metadata, tensors = file.metadata, dict(file.tensors)
     shapes = {name: info.shape for name, info in tensors.items()}
+    if "polyak" not in metadata:
+        raise _NotOursError(_refusal(path, "its header does not name polyak"))
     try:
         about = json.loads(metadata["polyak"])
         _check(about)
     except (KeyError, TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"{path.name} must be a snapshot written by polyak.Snapshots, got a file that is none "
-            f"({error}). Move it out of the folder; plain checkpoints are for polyak.merge."
-        ) from error
+        other = _NotOursError if isinstance(error, _NotOursError) else ArgumentError
+        raise other(_refusal(path, error)) from error
     return Snapshot.of(path, about, shapes)
+
+
+def _refusal(path: Path, why: object) -> str:
+    return (
+        f"{path.name} must be a snapshot written by polyak.Snapshots, got a file that is none "
+        f"({why}). Move it out of the folder; plain checkpoints are for polyak.merge."
+    )
 
 
 def _check(about: Any) -> None:
     """Raise `ValueError` unless `about` is what a snapshot of this format says of itself."""
-    if not isinstance(about, dict) or about.get("kind") != "snapshot":
+    if not isinstance(about, dict) or not isinstance(about.get("kind"), str):
         raise ValueError("it does not say that it is a snapshot")
+    if about["kind"] != "snapshot":
+        raise _NotOursError(f"it holds {about['kind']}")
     if about.get("format") != FORMAT:
         raise ValueError(f"its format is {about.get('format')!r}, this version reads {FORMAT}")
     kinds: dict[str, type | tuple[type, ...]] = {

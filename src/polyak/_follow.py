@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ._checks import is_count
 from ._engine import Engine
 from ._errors import ArgumentError, OrderError
+from ._plans import memory_of
 
 Clock = Callable[[], float]
 
@@ -50,7 +51,6 @@ class Follower:
             )
         bare = list({id(o): o for o in map(unwrapped, optimizers)}.values())
         _refuse_steps_inside_backward(engine)
-        _warn_of_a_stranger(engine, bare)
         old = engine.follower
         if isinstance(old, Follower) and old.active:
             if {id(o) for o in old._optimizers} != {id(o) for o in bare}:
@@ -62,6 +62,7 @@ class Follower:
         self.every = every
         self._optimizers: list[Optimizer] = bare
         self._engine, self._update, self._now = engine, update, now
+        self._is_known = False  # whether the optimizers were seen to train what is averaged
         self._handles = [
             handle
             for optimizer in bare
@@ -103,6 +104,9 @@ class Follower:
         # phase for good when a scaler skips one of several.
         if optimizer is not self._optimizers[-1] or _only_makes_state(kwargs):
             return
+        if not self._is_known:
+            self._is_known = True
+            self._warn_of_a_stranger()
         self._engine.settle()
         self._engine.steps += 1
         found = getattr(optimizer, "found_inf", None)  # set by a scaler, for a fused optimizer
@@ -111,6 +115,18 @@ class Follower:
             self._update(self.time(), skip)
         elif skip is not None:
             self._engine.note_skip(skip)
+
+    def _warn_of_a_stranger(self) -> None:
+        """Say so when the first step has left all live weights as they were, being another's."""
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        trained = memory_of(parameter for group in groups for parameter in group["params"])
+        if not (trained & self._engine.live_memory() or self._engine.live_was_written()):
+            self._engine.warn_once(
+                "stranger",
+                "follow: the optimizer trains none of the averaged parameters, but perhaps those "
+                "of a copy of the model; follow the one that does. Where it trains master copies "
+                "of them, call update() after these were written back.",
+            )
 
 
 def _only_makes_state(kwargs: Mapping[str, Any]) -> bool:
@@ -145,18 +161,6 @@ def unwrapped(optimizer: object) -> Optimizer:
             "For anything else call update() after each step."
         )
     return seen
-
-
-def _warn_of_a_stranger(engine: Engine, optimizers: Sequence[Optimizer]) -> None:
-    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-    trained = {id(parameter) for group in groups for parameter in group["params"]}
-    if not any(id(entry.live()) in trained for entry in engine.entries):
-        engine.warn_once(
-            "stranger",
-            "follow: the optimizer trains none of the averaged parameters, but perhaps those of a "
-            "copy of the model; follow the one that does. Where it trains master copies of them, "
-            "call update() after these were written back.",
-        )
 
 
 def _refuse_steps_inside_backward(engine: Engine) -> None:

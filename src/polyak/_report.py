@@ -122,8 +122,8 @@ def notes(engine: Engine, row: int) -> list[str]:
 def thawed(engine: Engine) -> list[str]:
     """What to say of parameters that were frozen once and are no longer."""
     return [
-        f"{entry.name} was frozen when the average was built and is trained now: it stays live; "
-        "build a new average to include it"
+        f"{entry.name} was frozen when the average was built and requires a gradient now: it stays "
+        "live; build a new average to include it, or name it in exclude="
         for entry in engine.inventory.entries
         if entry.why == "frozen parameter" and entry.live().requires_grad
     ]

@@ -405,9 +405,10 @@ def _assigner(
     def assign(raws: list[_Raw]) -> Entry:
         raw, names = raws[0], [raw.name for raw in raws]
         role, why = _usual_role(raw)
-        if role == "average" and included and not any(included(n, raw.tensor) for n in names):
+        choice = role == "average" or why == "frozen parameter"  # which may be trained one day
+        if choice and included and not any(included(n, raw.tensor) for n in names):
             role, why = "live", "not in include"
-        if role == "average" and excluded and any(excluded(n, raw.tensor) for n in names):
+        elif choice and excluded and any(excluded(n, raw.tensor) for n in names):
             role, why = "live", "in exclude"
         wishes = [wish for name in names if (wish := overridden(name, raw.tensor)) is not None]
         if len(set(wishes)) > 1:

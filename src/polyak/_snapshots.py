@@ -252,7 +252,12 @@ class Snapshots:
     def flush(self) -> None:
         """Wait until all that was taken is on disk; raise what went wrong there."""
         if self._pending:
-            self._pending.pop().result()
+            written = self._pending[0]
+            try:
+                written.result()
+            finally:
+                if written.done():  # else this was interrupted, and what comes of it is not known
+                    self._pending.clear()
 
     def close(self) -> None:
         """Take no more; wait for what was taken. A `with` block does it at its end."""

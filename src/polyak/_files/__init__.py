@@ -1,5 +1,6 @@
 """Read and write weights on disk: one file a format."""
 
+from ._atomic import check_place as check_place
 from ._atomic import folder_for_a_while as folder_for_a_while
 from ._atomic import folder_written_whole as folder_written_whole
 from ._atomic import written_whole as written_whole

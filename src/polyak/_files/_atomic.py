@@ -29,7 +29,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     raises, the temporary file is removed and `path` is as it was. Several may write one path at
     the same time: the last one to end has it.
     """
-    _check_place(path)
+    check_place(path)
     if path.exists() and not path.is_file():
         what = "the folder" if path.is_dir() else "the pipe, socket or device"
         raise ArgumentError(f"path must name a file, got {what} {str(path)!r}.")
@@ -70,7 +70,7 @@ def folder_for_a_while(path: Path) -> Iterator[Path]:
 
     What a process that was killed meanwhile leaves goes with the next call for the same `path`.
     """
-    _check_place(path)
+    check_place(path)
     _sweep(path)
     with _held(path, _HELD) as held:
         temporary = held.with_suffix(_TEMPORARY)
@@ -78,10 +78,10 @@ def folder_for_a_while(path: Path) -> Iterator[Path]:
         try:
             yield temporary
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
     """Raise unless `path` and the names beside it that are used on the way can be files."""
     if not os.path.isdir(path.parent):
         raise ArgumentError(f"path must lie in a folder that exists, got {str(path)!r}.")
@@ -174,6 +174,14 @@ def _clear(held: Path, path: Path) -> None:
     if aside.is_dir() and not os.path.lexists(path):
         os.rename(aside, path)
     for folder in _folders_of(held):
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or the link to one that stood in its place."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from polyak._errors import ArgumentError
-from polyak._files import folder_written_whole
+from polyak._files import check_place, folder_written_whole
 
 from ._findings import Findings
 from ._json import FORMAT, document, text
@@ -63,6 +63,7 @@ def _check_parent(path: Path) -> None:
             f"out must lie where a folder can be made, got {str(path)!r}, and {str(parent)!r} "
             f"refuses: {error.strerror}. Name another folder."
         ) from error
+    check_place(parent / path.name)  # the name may be too long for others beside it
 
 
 def load(folder: str | Path, *, task: Task | None = None) -> Findings:

@@ -197,8 +197,11 @@ def _in_processes(
             f"{error}. Define them with def at the top of a module, or pass jobs=1."
         ) from error
     workers: dict[int, Any] = {}  # those of the pool, by process
+    killed = False
 
     def kill() -> None:
+        nonlocal killed
+        killed = True
         for worker in list(workers.values()):
             worker.kill()
 
@@ -217,6 +220,8 @@ def _in_processes(
                     future.result()  # the first error at once
             return [run for future in futures for run in future.result()]
     except BrokenProcessPool as error:
+        if killed:  # by a user whose own handler of Ctrl-C raises nothing
+            raise KeyboardInterrupt from None
         raise RunError(
             "a worker process must live until its seed is done, got one that died without a word. "
             "Memory may have run out: pass a smaller --jobs. A script that calls run_study needs "
