@@ -21,26 +21,26 @@ from polyak._files._writer import Writer
 
 def merges(paths: Sequence[Path], out: Path, options: dict[str, Any]) -> tuple[int, int]:
     """Merge; the elements that this rank has read of averaged tensors, and has written."""
-    read, wrote = [0], [0]
+    read, wrote = list[int](), list[int]()  # appended to: threads would lose some of a sum
     original, writes = Checkpoint.read, Writer.write
 
     def counted_read(
         self: Checkpoint, name: str, start: int = 0, stop: int | None = None
     ) -> Tensor:
         values = original(self, name, start, stop)
-        read[0] += values.numel() if values.dtype.is_floating_point else 0
+        read.append(values.numel() if values.dtype.is_floating_point else 0)
         return values
 
     def counted_write(self: Writer, name: str, start: int, values: Tensor) -> None:
         writes(self, name, start, values)
-        wrote[0] += values.numel()
+        wrote.append(values.numel())
 
     Checkpoint.read = counted_read  # type: ignore[method-assign]
     Writer.write = counted_write  # type: ignore[method-assign]
     done = polyak.merge(paths, out=out, **options)
     assert done.written
     assert out.exists(), "it must be there for every rank when the call returns"
-    return read[0], wrote[0]
+    return sum(read), sum(wrote)
 
 
 def refuses(paths: Sequence[Path], out: Path) -> str:
