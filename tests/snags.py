@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,3 +61,17 @@ def pressed_at_line(*lines: int, of: tuple[str, ...]) -> Iterator[list[str]]:
         yield passed
     finally:
         sys.settrace(before)
+
+
+@contextmanager
+def interrupted_in(method: str, call: int) -> Iterator[None]:
+    """Raise KeyboardInterrupt instead of the n-th call of this method of tensors."""
+    plain, left = getattr(Tensor, method), iter(range(1, call))
+
+    def interrupted(self: Tensor, *args: Any) -> Tensor:
+        if not next(left, 0):
+            raise KeyboardInterrupt
+        return plain(self, *args)  # type: ignore[no-any-return]
+
+    with patch.object(Tensor, method, interrupted):
+        yield

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import polyak
+from snags import interrupted_in
 from zoo import Bits, all_frozen, bits, empty, lazy, tensors_of, train_step
 
 Use = polyak.Average | polyak.Averages | polyak.Window
@@ -815,27 +816,15 @@ def test_the_likeliest_first_mistakes_are_refused_in_words(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_update_is_noticed() -> None:
     """Some tensors have moved and some have not: the average is refused until it is made anew."""
     live = {name: torch.ones(10_000) for name in "abc"}  # small ones are mixed in one call
     average = polyak.Average(live, polyak.Exponential(decay=0.5, debias=False))
     state = average.state_dict()
     saved = {n: t.clone() for n, t in state["averages"]["average"]["tensors"].items()}
     state["averages"]["average"]["tensors"] = saved
-    calls = 0
-    lerp_ = Tensor.lerp_
-
-    def interrupted(self: Tensor, *args: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return lerp_(self, *args)
-
-    monkeypatch.setattr(Tensor, "lerp_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), interrupted_in("lerp_", call=2):
         average.update()
-    monkeypatch.undo()
     assert "interrupted half-way" in str(average.report())
     for use in (average.update, average.weights, average.state_dict):
         with pytest.raises(polyak.OrderError, match="interrupted half-way"):
@@ -844,25 +833,13 @@ def test_an_interrupted_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     assert average.update() == 0.5
 
 
-def test_an_interrupted_reset_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_reset_is_noticed() -> None:
     """Part of it is what the live weights were, part what the average was."""
     live = {name: torch.ones(3) for name in "abc"}
     average = polyak.Average(live, polyak.Exponential(decay=0.5))
     average.update()
-    calls = 0
-    copy_ = Tensor.copy_
-
-    def interrupted(self: Tensor, *args: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return copy_(self, *args)
-
-    monkeypatch.setattr(Tensor, "copy_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), interrupted_in("copy_", call=2):
         average.reset()
-    monkeypatch.undo()
     for use in (average.update, average.weights, average.state_dict):
         with pytest.raises(polyak.OrderError, match="reset was interrupted half-way"):
             use()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import polyak
 from polyak._identities import schedule_from_state
+from snags import interrupted_in
 
 SCHEDULES: list[polyak.Schedule] = [
     polyak.Power(sigma_rel=0.05),
@@ -716,23 +717,12 @@ def test_average_first_and_model_second_is_no_reason_to_warn() -> None:
     assert average.report().notes == ()
 
 
-def test_an_interrupted_load_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_load_is_noticed() -> None:
     """Half of the tensors are the saved ones: refused until a load or a reset goes through."""
     average = polyak.Average({name: torch.ones(3) for name in "abc"})
     state = copy.deepcopy(average.state_dict())
-    copy_, calls = Tensor.copy_, 0
-
-    def interrupted(self: Tensor, *args: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return copy_(self, *args)
-
-    monkeypatch.setattr(Tensor, "copy_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), interrupted_in("copy_", call=2):
         average.load_state_dict(state)
-    monkeypatch.undo()
     with pytest.raises(polyak.OrderError, match="load was interrupted"):
         average.update()
     average.load_state_dict(state)
